@@ -1,0 +1,380 @@
+"""What a run was told: frozen dataclasses, filled from flags, the environment, a TOML job file and defaults.
+
+Each option stands here once: command line, `BATCHVL_*` variables, job files, `batchvl.run(...)`, the reference page,
+the resume guard and the output's metadata are all made from these fields. `meaning=True` marks what changes the
+meaning of an answer or of a row: a run that goes on in an output folder must agree on exactly those.
+"""
+
+# ruff: noqa: RUF009 - `option(...)` makes a dataclass field
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from .errors import OptionError
+
+DEFAULT_MODEL = "OpenGVLab/InternVL-Chat-V1-5"
+JOB_FILE = "batchvl.toml"
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Size(int):
+    """A number of bytes, written as 500000, 32MB or 4GiB."""
+
+    @classmethod
+    def parse(cls, value: Any) -> Size:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", str(value).strip().lower())
+        if not found:
+            raise ValueError(f"{value!r} is no size: want bytes, such as 500000, 32MB or 4GiB")
+        return cls(float(found[1]) * _UNITS[found[2] or ""])
+
+    def __str__(self) -> str:
+        for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if self and self % bytes_ == 0:
+                return f"{self // bytes_}{unit}"
+        return str(int(self))
+
+
+class Duration(float):
+    """A number of seconds, written as 90, 90s, 15m or 2h."""
+
+    @classmethod
+    def parse(cls, value: Any) -> Duration:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|)", str(value).strip().lower())
+        if not found:
+            raise ValueError(f"{value!r} is no duration: want seconds, such as 90, 90s, 15m or 2h")
+        return cls(float(found[1]) * _SECONDS[found[2]])
+
+    def __str__(self) -> str:
+        return f"{float(self):g}s"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` equal parts of the manifest's rows, 0 <= index < count; written I/N."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, value: Any) -> Shard:
+        found = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
+        if not found or not int(found[1]) < int(found[2]):
+            raise ValueError(f"{value!r} is no shard: want I/N with 0 <= I < N, such as 0/8")
+        return cls(int(found[1]), int(found[2]))
+
+    def rows(self, total: int) -> range:
+        """The shard's rows of `total`.
+
+        >>> Shard(1, 3).rows(10)
+        range(3, 6)
+        """
+        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+def option(default: Any, help: str, *, meaning: bool = False, metavar: str | None = None) -> Any:
+    """A field: its default, the line that explains it, and whether it changes what an answer means."""
+    return field(default=default, metadata={"help": help, "meaning": meaning, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestOptions:
+    """Which rows, from which columns"""
+
+    prompt_column: str = option("prompt", "Column of the prompt, or of the list of prompts.", meaning=True)
+    image_column: str | None = option(
+        None, "Column of the picture, or of the list of pictures. [default: images, else image]", meaning=True
+    )
+    messages_column: str = option("messages", "Column of OpenAI messages, instead of a prompt.", meaning=True)
+    id_column: str = option("id", "Column of the rows' labels.")
+    generation_column: str = option("generation", "Column of sampling settings per row.", meaning=True)
+    keep: tuple[str, ...] = option((), "Column that goes along into the output; may be repeated.", meaning=True)
+    limit: Positive | None = option(None, "Only the manifest's first N rows.", metavar="N")
+    shard: Shard = option(Shard(), "Only part I of N parts of the manifest, 0 <= I < N.", metavar="I/N")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """How a row becomes a question"""
+
+    prompt: str | None = option(
+        None,
+        "Prompt for every row; {column} stands for the row's value, {prompt} for its own prompt. "
+        "[default: the column, else 'describe this image']",
+        meaning=True,
+    )
+    system: str | None = option(None, "System message.", meaning=True)
+    number_images: bool = option(False, "Write 'Image-1: ' before the first picture, and so on.", meaning=True)
+    special_tokens: Literal["escape", "fail"] = option(
+        "escape", "What to do with the model's special tokens in a row's values.", meaning=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """Where pictures may come from, and how patiently they are fetched"""
+
+    allow_private: tuple[str, ...] = option(
+        (), "Network (CIDR) that pictures' URLs may lead to although it is not public; may be repeated.", metavar="CIDR"
+    )
+    image_root: tuple[str, ...] = option(
+        (), "Folder that pictures may lie in, besides the manifest's; may be repeated.", metavar="DIR"
+    )
+    max_image_bytes: Size = option(Size(32 * 2**20), "Most bytes of one encoded picture.", metavar="SIZE")
+    fetch_timeout: Duration = option(Duration(60), "For one picture, all retries included.", metavar="TIME")
+    fetch_retries: Count = option(4, "Times that fetching is tried again.", metavar="N")
+    fetch_concurrency: Positive = option(64, "Pictures fetched at once.", metavar="N")
+    fetch_per_host: Positive = option(16, "Pictures fetched at once from one host.", metavar="N")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """What a picture may be, and who prepares it"""
+
+    max_image_pixels: Positive = option(100_000_000, "Most pixels of one picture, told by its header.", metavar="N")
+    max_images: Positive = option(64, "Most pictures of one row.", metavar="N")
+    prepare_timeout: Duration = option(Duration(60), "For decoding and preparing one row's pictures.", metavar="TIME")
+    image_workers: Positive | None = option(None, "Processes that prepare pictures. [default: the CPUs]", metavar="N")
+    arena_bytes: Size | None = option(
+        None, "Memory for fetched and prepared pictures. [default: an eighth of the memory, 256MiB to 8GiB]",
+        metavar="SIZE",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model"""
+
+    model: str = option(
+        DEFAULT_MODEL, "Hugging Face name, folder, or 'shapes' for the tiny model that batchvl carries.", meaning=True
+    )
+    revision: str | None = option(None, "Branch, tag or commit of the model.", meaning=True)
+    trust_remote_code: bool = option(False, "Run Python code that the model's repository brings.", meaning=True)
+    max_tiles: Positive | None = option(
+        None, "Most tiles of a picture: fewer are faster. [default: the model's]", meaning=True, metavar="N"
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option("auto", "The weights' type.", meaning=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How answers are drawn, unless the row's `generation` tells otherwise"""
+
+    max_new_tokens: Positive = option(512, "Most tokens of an answer.", meaning=True, metavar="N")
+    temperature: Annotated[float, Meta(ge=0)] = option(0.0, "0 is greedy: the likeliest token.", meaning=True, metavar="X")
+    top_p: Share = option(1.0, "Draw from the likeliest tokens that sum to this share.", meaning=True, metavar="X")
+    top_k: Count = option(0, "Draw from the K likeliest tokens; 0 is no limit.", meaning=True, metavar="K")
+    repetition_penalty: Annotated[float, Meta(gt=0)] = option(1.0, "Above 1: repeat less.", meaning=True, metavar="X")
+    seed: Count = option(0, "Each row draws with hash(seed, row).", meaning=True, metavar="N")
+    stop: tuple[str, ...] = option((), "Text that ends an answer; may be repeated.", meaning=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What answers"""
+
+    engine: Literal["auto", "transformers", "fake"] = option("auto", "What runs the model.", meaning=True)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    batch_size: Positive | None = option(
+        None, "Rows of a list that the engine is handed. [default: the engine's]", metavar="N"
+    )
+    engine_option: tuple[str, ...] = option((), "An option of the engine itself; may be repeated.", metavar="KEY=VALUE")
+    row_timeout: Duration = option(Duration(1800), "For one row in the engine.", metavar="TIME")
+    hang_timeout: Duration = option(
+        Duration(300), "An engine that makes no progress for so long is ended and started again.", metavar="TIME"
+    )
+    start_timeout: Duration = option(Duration(3600), "For loading the model.", metavar="TIME")
+    retries: Count = option(2, "Times that a row is asked again after a failure that may pass.", metavar="N")
+    max_idle_gpu: Duration = option(
+        Duration(120), "Rows that wait for a retry are given up once the engine has idled so long.", metavar="TIME"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """Where answers go, and when the run ends"""
+
+    output: str | None = option(None, "Folder of the output. [default: MANIFEST-batchvl beside it]", metavar="DIR")
+    commit_seconds: Duration = option(Duration(1), "Answers are on disk after at most so long.", metavar="TIME")
+    part_rows: Positive = option(10_000, "Rows of a part file.", metavar="N")
+    accept_failures: str = option("0", "So many rows, or P%, may fail in a complete run.", metavar="N|P%")
+    max_failures: str | None = option(None, "Stop once more than so many rows, or P%, have failed.", metavar="N|P%")
+    grace: Duration = option(Duration(20), "On a signal, for rows that are in the engine.", metavar="TIME")
+
+
+GROUPS = (
+    ManifestOptions, PromptOptions, FetchOptions, ImageOptions,
+    ModelOptions, SamplingOptions, EngineOptions, OutputOptions,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """All options of a run, by concern."""
+
+    manifest: ManifestOptions = ManifestOptions()
+    prompt: PromptOptions = PromptOptions()
+    fetch: FetchOptions = FetchOptions()
+    image: ImageOptions = ImageOptions()
+    model: ModelOptions = ModelOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    engine: EngineOptions = EngineOptions()
+    output: OutputOptions = OutputOptions()
+
+    @classmethod
+    def of(cls, **values: Any) -> RunOptions:
+        """Options by their flat names; what is left out or None has its default.
+
+        Raises OptionError for an unknown name or a value that the option cannot have.
+
+        >>> RunOptions.of(model="shapes", fetch_timeout="2m").fetch.fetch_timeout
+        120.0
+        """
+        for name in values:
+            if name not in NAMES:
+                raise OptionError(f"unknown option {name!r}; the options are {', '.join(sorted(NAMES))}")
+        groups = {}
+        for group, kind in zip(fields(cls), GROUPS, strict=True):
+            own = {f.name: convert(f.name, values[f.name]) for f in fields(kind) if values.get(f.name) is not None}
+            groups[group.name] = kind(**own)
+        return cls(**groups)
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its flat name."""
+        return {
+            f.name: getattr(getattr(self, group.name), f.name)
+            for group, kind in zip(fields(self), GROUPS, strict=True)
+            for f in fields(kind)
+        }
+
+    def meaning(self) -> dict[str, Any]:
+        """The options that change what an answer means, by flat name, as JSON holds them: the resume guard's list."""
+        values = self.flat()
+        names = (f.name for f in all_fields() if f.metadata["meaning"])
+        return {name: msgspec.to_builtins(values[name], enc_hook=plain) for name in names}
+
+
+def all_fields() -> Iterator[Field[Any]]:
+    """Every option's field, group by group."""
+    for group in GROUPS:
+        yield from fields(group)
+
+
+OPTION_TYPES = {name: hint for group in GROUPS for name, hint in get_type_hints(group, include_extras=True).items()}
+NAMES = frozenset(OPTION_TYPES)
+
+
+def convert(name: str, value: Any) -> Any:
+    """A value from a flag, a variable or a job file as the option's type.
+
+    Raises OptionError naming the option, what was found and what is wanted.
+
+    >>> convert("max_image_bytes", "32MB"), convert("stop", "###")
+    (32000000, ('###',))
+    """
+    hint = OPTION_TYPES[name]
+    if isinstance(value, str | int | float | Shard) and not isinstance(value, bool) and _is_tuple(hint):
+        value = (value,)
+    try:
+        return msgspec.convert(value, hint, strict=not isinstance(value, str), dec_hook=parse)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise OptionError(f"{flag(name)}: {str(error).replace(' - at `$`', '')}; found {value!r}") from None
+
+
+def _is_tuple(hint: Any) -> bool:
+    return getattr(hint, "__origin__", None) is tuple
+
+
+def parse(kind: type, value: Any) -> Any:
+    """msgspec's dec_hook for the types of options."""
+    return value if isinstance(value, kind) else kind.parse(value)  # type: ignore[attr-defined]
+
+
+def plain(value: Any) -> Any:
+    """msgspec's enc_hook for the types of options: numbers stay numbers, the rest is as it is written."""
+    return float(value) if isinstance(value, Duration) else int(value) if isinstance(value, Size) else str(value)
+
+
+def flag(name: str) -> str:
+    """The option as it is written on the command line.
+
+    >>> flag("max_new_tokens")
+    '--max-new-tokens'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    """The environment variable of an option.
+
+    >>> variable("model")
+    'BATCHVL_MODEL'
+    """
+    return "BATCHVL_" + name.upper()
+
+
+def default(found: Field[Any]) -> Any:
+    """A field's default, None where it has none of its own."""
+    return None if found.default is MISSING else found.default
+
+
+def gather(
+    flags: Mapping[str, Any], environment: Mapping[str, str], job: Mapping[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """Flat values by precedence: flags, then BATCHVL_* variables, then the job file. None and () mean not given."""
+    values = dict(job)
+    values |= {name: text for name in NAMES if (text := environment.get(variable(name))) is not None}
+    values |= {name: value for name, value in flags.items() if value is not None and value != ()}
+    return values
+
+
+def read_job(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options of a TOML job file, and its `manifest` if it names one (relative to the file).
+
+    Raises OptionError where the file is missing, is not TOML, or names an unknown option.
+    """
+    file = Path(path)
+    try:
+        job = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"{file}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"{file}: is not TOML: {error}") from None
+    job = {name.replace("-", "_"): value for name, value in job.items()}
+    for name in job:
+        if name != "manifest" and name not in NAMES:
+            raise OptionError(f"{file}: unknown option {name!r}; the options are {', '.join(sorted(NAMES))}")
+    for name in ("manifest", "output"):
+        if name in job and "://" not in str(job[name]):
+            job[name] = str(file.parent / str(job[name]))
+    return job
+
+
+def share(text: str, of: int) -> float:
+    """A bound written as a number of rows or as P% of `of` rows.
+
+    >>> share("5", 200), share("5%", 200)
+    (5.0, 10.0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
+    if not found:
+        raise OptionError(f"{text!r} is no bound on failures: want a number of rows (100) or a share of them (1%)")
+    return float(found[1]) * (of / 100 if found[2] else 1)
