@@ -1,0 +1,1 @@
+"""Pictures: fetched, held in the arena, decoded and prepared."""

@@ -1,0 +1,220 @@
+"""The image workers' processes: a host that loads the engine's preparation once, and the workers that it forks.
+
+Started by `ImageWorkers` as `python -m batchvl.images.host CONTROL LIFELINE PARENT` (two descriptors and the runner's
+process id). The host has one thread when it forks, does no work of its own, and reaps.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..errors import BatchvlError, PrepareFailed, RowError, TooManyPictures
+from ..lifeline import hold
+from ..options import parse
+from ..request import Failure, Image, Tensor
+from ..wire import Wire
+from .arena import ArenaView
+from .decode import decode, strict
+from .files import open_beneath
+from .preparation import Array, Preparation, PreparationSpec
+from .workers import Died, Done, Failed, Fork, Grant, Job, Need, Ready, RowFailed, Setup, Source, ToHost, ToWorker
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+_ALIGNMENT = 64
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    parent = int(sys.argv[3])
+    setup = msgspec.msgpack.decode(control.recv(1 << 20), type=Setup, dec_hook=parse)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        preparation = load(setup.spec) if setup.spec is not None else None
+    except BatchvlError as error:
+        control.send(msgspec.msgpack.encode(Ready(str(error))))
+        return
+    except Exception as error:
+        traceback.print_exc()
+        control.send(msgspec.msgpack.encode(Ready(f"the image workers cannot start: {type(error).__name__}: {error}")))
+        return
+    arenas = ArenaView(*setup.encoded), ArenaView(*setup.prepared)
+    strict()
+    gc.collect()
+    gc.freeze()  # what is loaded stays in pages that the workers share
+    control.send(msgspec.msgpack.encode(Ready()))
+    _serve(control, int(sys.argv[2]), parent, setup, preparation, arenas)
+
+
+def load(spec: PreparationSpec) -> Preparation:
+    """The preparation that a spec names. Raises a BatchvlError where it cannot be loaded."""
+    module, _, name = spec.factory.partition(":")
+    preparation: Preparation = getattr(importlib.import_module(module), name)(**spec.options)
+    return preparation
+
+
+def _serve(
+    control: socket.socket,
+    lifeline: int,
+    parent: int,
+    setup: Setup,
+    preparation: Preparation | None,
+    arenas: tuple[ArenaView, ArenaView],
+) -> None:
+    """Forks, kills and reaps until the runner's end of the control socket or the lifeline closes."""
+    woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake)
+    workers: dict[int, int] = {}
+    while os.getppid() == parent:
+        ready, _, _ = select.select([control, woken, lifeline], [], [], 5)
+        if lifeline in ready:
+            return
+        if woken in ready:
+            os.read(woken, 4096)
+            _reap(control, workers)
+        if control not in ready:
+            continue
+        data, fds, _, _ = socket.recv_fds(control, 65536, 1)
+        if not data:
+            return
+        message: ToHost = msgspec.msgpack.decode(data, type=ToHost)
+        if isinstance(message, Fork):
+            host = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                control.close()
+                hold(lifeline, host)
+                try:
+                    _work(socket.socket(fileno=fds[0]), setup, preparation, arenas)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            os.close(fds[0])
+            workers[message.worker] = pid
+        elif message.worker in workers:
+            os.kill(workers[message.worker], signal.SIGKILL)
+
+
+def _reap(control: socket.socket, workers: dict[int, int]) -> None:
+    for worker, pid in list(workers.items()):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            del workers[worker]
+            code = os.waitstatus_to_exitcode(status)
+            reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            control.send(msgspec.msgpack.encode(Died(worker, reason)))
+
+
+def _work(
+    sock: socket.socket, setup: Setup, preparation: Preparation | None, arenas: tuple[ArenaView, ArenaView]
+) -> None:
+    """A worker's life: row after row, until the runner closes its end."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + setup.memory, hard))
+    wire: Wire[ToWorker] = Wire(sock, ToWorker)
+    while True:
+        try:
+            job = wire.receive()
+        except EOFError:
+            return
+        assert isinstance(job, Job)
+        start = time.monotonic()
+        images = [Image(source.label) for source in job.sources]
+        try:
+            arrays = _prepare(job, images, setup, preparation, arenas[0])
+            tensors, size = _layout(arrays)
+            spent = time.monotonic() - start
+            if size:
+                wire.send(Need(size))
+                grant = wire.receive()
+                assert isinstance(grant, Grant)
+                start = time.monotonic()
+                _write(arrays, tensors, arenas[1].at(grant.extent))
+                spent += time.monotonic() - start
+            wire.send(Done(tuple(images), tensors, spent))
+        except RowFailed as error:
+            wire.send(Failed(error.failure, tuple(images)))
+        finally:
+            arrays = {}
+
+
+def _prepare(
+    job: Job, images: list[Image], setup: Setup, preparation: Preparation | None, encoded: ArenaView
+) -> Mapping[str, Array]:
+    """The row's arrays; `images` is filled in as its pictures are read. Raises RowFailed, nothing else."""
+    pictures: list[PIL.Image.Image] = []
+    try:
+        if len(job.sources) > setup.limits.max_images:
+            found, most = len(job.sources), setup.limits.max_images
+            raise TooManyPictures(f"{found} pictures in the row, at most {most} are allowed (--max-images)")
+        for number, source in enumerate(job.sources):
+            data = _bytes(source, setup, encoded)
+            picture, images[number] = decode(data, setup.limits, source.label)
+            pictures.append(picture)
+        return preparation.prepare(job.request, pictures) if preparation is not None else {}
+    except RowError as error:
+        raise RowFailed(Failure.of(error)) from None
+    except MemoryError:
+        raise RowFailed(Failure.of(PrepareFailed("the pictures need more memory than a worker has"))) from None
+    except Exception as error:
+        traceback.print_exc()
+        raise RowFailed(Failure.of(PrepareFailed(f"{type(error).__name__}: {error}"))) from None
+
+
+def _bytes(source: Source, setup: Setup, encoded: ArenaView) -> bytes | memoryview:
+    if source.file is not None:
+        return open_beneath(source.file.path, [Path(root) for root in setup.roots], setup.max_image_bytes)
+    assert source.extent is not None
+    return encoded.at(source.extent)
+
+
+def _layout(arrays: Mapping[str, Array]) -> tuple[tuple[Tensor, ...], int]:
+    """Where each array comes to lie in the row's extent, and how many bytes that takes."""
+    tensors, at = [], 0
+    for key, array in arrays.items():
+        name, _, dtype = key.partition(":")
+        if isinstance(array, bytes):
+            tensors.append(Tensor(name, "uint8", (len(array),), at))
+        else:
+            tensors.append(Tensor(name, dtype or array.dtype.name, array.shape, at))
+        at += -(-_size(array) // _ALIGNMENT) * _ALIGNMENT
+    return tuple(tensors), at
+
+
+def _write(arrays: Mapping[str, Array], tensors: tuple[Tensor, ...], into: memoryview) -> None:
+    for array, tensor in zip(arrays.values(), tensors, strict=True):
+        size = _size(array)
+        if size:
+            into[tensor.offset : tensor.offset + size] = memoryview(array).cast("B")
+
+
+def _size(array: Array) -> int:
+    return len(array) if isinstance(array, bytes) else array.nbytes
+
+
+def _address_space() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()

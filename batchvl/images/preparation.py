@@ -1,0 +1,42 @@
+"""What an engine has image workers do: the seam between `engines/` and `images/workers.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import msgspec
+
+from ..request import Request, Struct
+
+if TYPE_CHECKING:
+    import numpy
+    from PIL.Image import Image
+
+
+class PreparationSpec(Struct, frozen=True):
+    """How image workers make an engine's inputs; crosses process borders, so it names code instead of holding it."""
+
+    factory: str
+    """ "package.module:callable", called once in the workers' host process with `options` as keywords."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    text_too: bool = False
+    """Whether rows without pictures go through the workers as well, to be tokenised."""
+    special_tokens: tuple[str, ...] = ()
+    """The tokenizer's own: in a row's values they are escaped or refused."""
+
+
+Array: TypeAlias = "bytes | numpy.ndarray"
+
+
+class Preparation(Protocol):
+    """Makes one row's inputs from its pictures. Lives in the image workers; loaded before they fork."""
+
+    def prepare(self, request: Request, pictures: Sequence[Image]) -> Mapping[str, Array]:
+        """Named arrays for the engine: bytes, or numpy arrays in C order. A name such as "pixel_values:bfloat16"
+        tells a type that numpy lacks; its array is a view of the same width.
+
+        `pictures` are RGB, in the row's order, EXIF orientation applied. Raises a `RowError`; any other exception
+        becomes `prepare_failed`.
+        """
+        ...

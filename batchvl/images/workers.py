@@ -1,0 +1,343 @@
+"""The image workers: a pool of processes that decode pictures and make the engine's inputs of them.
+
+The runner's side. `host.py` is the other: one process that loads the engine's preparation once and forks the workers,
+so that importing it is paid for once. A worker does one row at a time:
+
+    runner ── Job ──▶ worker      the row, and where its pictures' bytes lie
+           ◀─ Need ──             so many bytes of prepared tensors: is there room?
+           ── Grant ─▶            here
+           ◀─ Done ──             written; or Failed, at any point
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from ..errors import EngineLost, EngineUnavailable, PrepareCrashed, PrepareTimeout, RowError
+from ..lifeline import Lifeline, spawn, without_secrets
+from ..options import ImageOptions, plain
+from ..request import Extent, Failure, FileImage, Image, Request, Struct, Tensor
+from ..wire import Channel
+from .arena import Arena
+from .preparation import PreparationSpec
+
+
+class Source(Struct, frozen=True):
+    """One picture of a job: a file that the worker opens, or its bytes in the arena of encoded pictures."""
+
+    label: str
+    """What the output says about where it is from."""
+    file: FileImage | None = None
+    extent: Extent | None = None
+
+
+class Job(Struct, frozen=True, tag="job"):
+    request: Request
+    sources: tuple[Source, ...]
+
+
+class Grant(Struct, frozen=True, tag="grant"):
+    extent: Extent
+
+
+class Need(Struct, frozen=True, tag="need"):
+    size: int
+
+
+class Done(Struct, frozen=True, tag="done"):
+    images: tuple[Image, ...]
+    tensors: tuple[Tensor, ...]
+    seconds: float
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    failure: Failure
+    images: tuple[Image, ...]
+
+
+ToWorker = Job | Grant
+FromWorker = Need | Done | Failed
+
+
+class Setup(Struct, frozen=True):
+    """The host's first message."""
+
+    spec: PreparationSpec | None
+    limits: ImageOptions
+    max_image_bytes: int
+    roots: tuple[str, ...]
+    """Folders that files may lie in; relative paths are below the first."""
+    encoded: tuple[int, int]
+    prepared: tuple[int, int]
+    """Descriptor and size of the two arenas."""
+    memory: int
+    """Bytes of address space that a worker may add to what it has after the fork."""
+
+
+class Fork(Struct, frozen=True, tag="fork"):
+    worker: int
+
+
+class Kill(Struct, frozen=True, tag="kill"):
+    worker: int
+
+
+class Ready(Struct, frozen=True, tag="ready"):
+    error: str | None = None
+
+
+class Died(Struct, frozen=True, tag="died"):
+    worker: int
+    reason: str
+
+
+ToHost = Fork | Kill
+FromHost = Ready | Died
+
+
+class Prepared(Struct, frozen=True):
+    """A row ready for the engine: its request with tensors in the arena, its pictures, the seconds that it took."""
+
+    request: Request
+    images: tuple[Image, ...]
+    seconds: float
+
+
+class RowFailed(Exception):
+    """A row's failure in a worker, with what is known of its pictures."""
+
+    def __init__(self, failure: Failure, images: tuple[Image, ...] = ()) -> None:
+        super().__init__(failure.message)
+        self.failure, self.images = failure, images
+
+
+class _WorkerDied(Exception):
+    """The worker's process ended; the message says how."""
+
+
+class _Worker:
+    """One worker, seen from the runner: it is sent a message and answers with one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._channel: Channel[FromWorker] | None = None
+        self._answer: asyncio.Future[FromWorker] | None = None
+
+    async def open(self, sock: socket.socket) -> None:
+        self._channel = await Channel.open(sock, FromWorker, self._received, lambda: None)
+
+    async def ask(self, message: ToWorker, seconds: float) -> FromWorker:
+        """The worker's next message. Raises _WorkerDied, or TimeoutError after `seconds`."""
+        assert self._channel is not None
+        if self.died.done():
+            raise _WorkerDied(self.died.result())
+        self._answer = asyncio.get_running_loop().create_future()
+        self._channel.send(message)
+        async with asyncio.timeout(seconds):
+            return await self._answer
+
+    def ended(self, reason: str) -> None:
+        """The host has reaped the process: nobody writes to its extents any more."""
+        if not self.died.done():
+            self.died.set_result(reason)
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(_WorkerDied(reason))
+        if self._channel is not None:
+            self._channel.close()
+
+    def _received(self, message: FromWorker) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(message)
+
+
+class ImageWorkers:
+    """A pool of image workers for one run, an async context manager.
+
+    `encoded` and `prepared` are the arenas of pictures' bytes and of tensors. The first `prepare` waits until the
+    host is up. Raises EngineUnavailable where the preparation cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        spec: PreparationSpec | None,
+        limits: ImageOptions,
+        max_image_bytes: int,
+        roots: Sequence[Path],
+        arenas: tuple[Arena, Arena],
+        workers: int,
+        lifeline: Lifeline,
+        environment: Mapping[str, str],
+        log: IO[bytes],
+        memory: int = 4 * 2**30,
+    ) -> None:
+        self._encoded, self._prepared = arenas
+        self._setup = Setup(
+            spec, limits, max_image_bytes, tuple(map(str, roots)),
+            (self._encoded.fd, self._encoded.size), (self._prepared.fd, self._prepared.size), memory,
+        )  # fmt: skip
+        self._limits, self._count = limits, workers
+        self._lifeline, self._environment, self._log = lifeline, environment, log
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._workers: dict[int, _Worker] = {}
+        self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
+        self._born = 0
+        self._lost: EngineLost | None = None
+        self._closing = False
+        self._births: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> ImageWorkers:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            fds = [theirs.fileno(), self._lifeline.fd, self._encoded.fd, self._prepared.fd]
+            arguments = [str(theirs.fileno()), str(self._lifeline.fd), str(os.getpid())]
+            environment = without_secrets(self._environment)
+            self._host = spawn("batchvl.images.host", arguments, fds, environment, self._log)
+        self._control = ours
+        ours.setblocking(False)
+        ours.send(msgspec.msgpack.encode(self._setup, enc_hook=plain))
+        asyncio.get_running_loop().add_reader(ours, self._heard)
+        for _ in range(self._count):
+            await self._fork()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._closing = True
+        asyncio.get_running_loop().remove_reader(self._control)
+        with suppress(ProcessLookupError):
+            self._host.kill()  # the kernel ends its workers with it
+        await asyncio.to_thread(self._host.wait)
+        self._control.close()
+        for worker in list(self._workers.values()):
+            worker.ended("the run ended")
+        if not self._ready.done():
+            self._ready.cancel()
+        elif not self._ready.cancelled():
+            self._ready.exception()  # somebody may never have asked
+
+    async def prepare(self, request: Request, sources: Sequence[Source]) -> Prepared:
+        """The row's tensors in the arena. They are the caller's: it releases `request.extent`.
+
+        Raises RowFailed; EngineUnavailable where the engine's preparation cannot be loaded; EngineLost where the
+        workers' host process died.
+        """
+        await asyncio.shield(self._ready)
+        job = Job(request, tuple(sources))
+        deaths = 0
+        while True:
+            worker = await self._next_idle()
+            try:
+                return await self._run(worker, job)
+            except _WorkerDied as error:
+                deaths += 1
+                if deaths == 2:
+                    message = f"the image worker died twice over this row: {error}"
+                    raise RowFailed(Failure.of(PrepareCrashed(message)), _images(sources)) from None
+            finally:
+                if not worker.died.done():
+                    self._idle.put_nowait(worker)
+
+    async def _next_idle(self) -> _Worker:
+        while True:
+            worker = await self._idle.get()
+            if self._lost is not None:
+                self._idle.put_nowait(worker)  # for the next who waits
+                raise self._lost
+            if not worker.died.done():
+                return worker
+
+    async def _run(self, worker: _Worker, job: Job) -> Prepared:
+        extent: Extent | None = None
+        start, waited = time.monotonic(), 0.0
+        try:
+            answer = await worker.ask(job, self._limits.prepare_timeout)
+            if isinstance(answer, Need):
+                asked = time.monotonic()
+                try:
+                    [extent] = await self._prepared.reserve([answer.size])
+                except RowError as error:
+                    await self._end(worker)  # it waits for a grant that never comes
+                    raise RowFailed(Failure.of(error), _images(job.sources)) from None
+                waited = time.monotonic() - asked
+                left = max(1.0, self._limits.prepare_timeout - (asked - start))
+                answer = await worker.ask(Grant(extent), left)
+            if isinstance(answer, Done):
+                request = msgspec.structs.replace(job.request, extent=extent, tensors=answer.tensors)
+                extent = None
+                return Prepared(request, answer.images, time.monotonic() - start - waited)
+            assert isinstance(answer, Failed)
+            raise RowFailed(answer.failure, answer.images)
+        except TimeoutError:
+            await self._end(worker)
+            message = f"preparing took longer than {self._limits.prepare_timeout:g} s"
+            raise RowFailed(Failure.of(PrepareTimeout(message)), _images(job.sources)) from None
+        except asyncio.CancelledError:
+            await self._end(worker)  # it may still be writing
+            raise
+        finally:
+            if extent is not None:
+                self._prepared.release(extent)
+
+    async def _end(self, worker: _Worker) -> None:
+        """Kills a worker and waits until it is reaped; another takes its place."""
+        if not worker.died.done():
+            with suppress(OSError):
+                self._control.send(msgspec.msgpack.encode(Kill(worker.number)))
+            await asyncio.shield(worker.died)
+
+    async def _fork(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._born += 1
+        worker = self._workers[self._born] = _Worker(self._born)
+        await worker.open(ours)
+        with theirs:
+            socket.send_fds(self._control, [msgspec.msgpack.encode(Fork(worker.number))], [theirs.fileno()])
+        self._idle.put_nowait(worker)
+
+    def _heard(self) -> None:
+        try:
+            data = self._control.recv(65536)
+        except BlockingIOError:
+            return
+        if not data:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._host_died()
+            return
+        message: FromHost = msgspec.msgpack.decode(data, type=FromHost)
+        if isinstance(message, Died):
+            self._workers.pop(message.worker).ended(message.reason)
+            if not self._closing:
+                birth = asyncio.get_running_loop().create_task(self._fork())
+                self._births.add(birth)
+                birth.add_done_callback(self._births.discard)
+        elif message.error is not None:
+            self._ready.set_exception(EngineUnavailable(message.error))
+        elif not self._ready.done():
+            self._ready.set_result(None)
+
+    def _host_died(self) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._host.wait(1)
+        code = self._host.returncode
+        reason = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        self._lost = EngineLost(f"the image workers' host process ended ({reason}); its log tells more")
+        if not self._ready.done():
+            self._ready.set_exception(self._lost)
+        for worker in list(self._workers.values()):
+            worker.ended(str(self._lost))
+            self._idle.put_nowait(worker)  # wakes who waits for one
+
+
+def _images(sources: Sequence[Source]) -> tuple[Image, ...]:
+    return tuple(Image(source.label) for source in sources)

@@ -1,0 +1,81 @@
+"""Child processes that never outlive the runner.
+
+A child is started as `python -m batchvl.…`, never by importing the user's main module again, so a run works from a
+notebook. It dies with its parent two ways: the kernel kills it (PR_SET_PDEATHSIG), and a pipe whose other end the
+runner holds reaches its end, which also covers a parent that went between fork and prctl.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+_PR_SET_PDEATHSIG = 1
+_PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)
+
+
+class Lifeline:
+    """The runner's end of the pipe; children hold the other. `fd` is for their `pass_fds`."""
+
+    def __init__(self) -> None:
+        self.fd, self._held = os.pipe2(os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Tells every child that still holds the other end to leave."""
+        os.close(self._held)
+        os.close(self.fd)
+
+
+def spawn(
+    module: str, arguments: Sequence[str], fds: Sequence[int], environment: Mapping[str, str], log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Starts `python -m module` with the descriptors inherited under their own numbers; output goes to `log`."""
+    path = os.pathsep.join(filter(None, (_PACKAGE_PARENT, environment.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *arguments],
+        pass_fds=tuple(fds),
+        env={**environment, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        process_group=0,  # a terminal's Ctrl-C is the runner's to handle, not its children's
+    )
+
+
+def hold(fd: int, parent: int) -> None:
+    """In a child: leave when the parent dies or the pipe `fd` ends. `parent` is the expected parent's process id."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it was gone before the kernel knew whom to watch
+
+    def watch() -> None:
+        while os.read(fd, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+_KEPT = {
+    "PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_MODULES_CACHE", "TRANSFORMERS_OFFLINE",
+}  # fmt: skip
+_KEPT_PREFIXES = ("LC_", "PYTHON", "MALLOC_")
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """What image workers, which read strangers' bytes, may see of the environment: no tokens, no GPU, one thread.
+
+    >>> sorted(without_secrets({"HF_TOKEN": "s", "PATH": "/bin"}))[:2]
+    ['CUDA_VISIBLE_DEVICES', 'HF_HUB_OFFLINE']
+    """
+    kept = {k: v for k, v in environment.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    return {**kept, **threads, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
