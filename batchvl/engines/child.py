@@ -1,0 +1,96 @@
+"""An engine's process: one engine, fed from a socket, doing nothing else.
+
+Started by `EngineProcess` as `python -m batchvl.engines.child SOCKET LIFELINE PARENT` (two descriptors and the
+runner's process id).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+from ..errors import UsageError
+from ..images.arena import ArenaView
+from ..lifeline import hold
+from ..request import Request
+from ..wire import Channel
+from .messages import Abort, Alive, Answers, Close, Infer, Open, Refused, Resolved, Started, ToEngine
+from .protocol import Engine
+from .registry import factory
+
+ALIVE_SECONDS = 1.0
+"""How often progress is told, where there is some."""
+
+
+async def serve(sock: socket.socket) -> int:
+    """Drives the engine until the runner closes the socket; the process's exit code."""
+    inbox: asyncio.Queue[ToEngine | None] = asyncio.Queue()
+    channel: Channel[ToEngine] = await Channel.open(sock, ToEngine, inbox.put_nowait, lambda: inbox.put_nowait(None))
+    first = await inbox.get()
+    assert isinstance(first, Open)
+    try:
+        engine = factory(first.spec.engine)(first.spec, ArenaView(first.arena_fd, first.arena_size))
+        channel.send(Resolved(await engine.resolve()))
+        channel.send(Started(await engine.start()))
+    except UsageError as error:
+        channel.send(Refused(type(error).__name__, str(error)))
+        await inbox.get()  # the runner closes once it has read that
+        return 2
+    async with asyncio.TaskGroup() as lists:
+        telling = lists.create_task(_tell_progress(engine, channel))
+        while True:
+            match await inbox.get():
+                case Infer(requests):
+                    lists.create_task(_answer(engine, requests, channel))
+                case Abort(row):
+                    await engine.abort(row)
+                case Close() | None:
+                    break
+        telling.cancel()
+    await engine.close()
+    return 0
+
+
+async def _answer(engine: Engine, requests: list[Request], channel: Channel[ToEngine]) -> None:
+    """One list. What finishes in the same turn of the loop leaves in one message."""
+    ready = Answers([])
+    loop = asyncio.get_running_loop()
+
+    def send() -> None:
+        channel.send(ready)
+        ready.responses.clear()
+
+    async for response in engine.infer(requests):
+        if not ready.responses:
+            loop.call_soon(send)
+        ready.responses.append(response)
+
+
+async def _tell_progress(engine: Engine, channel: Channel[ToEngine]) -> None:
+    told = engine.steps
+    while True:
+        await asyncio.sleep(ALIVE_SECONDS)
+        if engine.steps != told:
+            told = engine.steps
+            channel.send(Alive())
+
+
+def main() -> None:
+    hold(int(sys.argv[2]), int(sys.argv[3]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # how the runner asks a hung engine where it stands
+    code = asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with suppress(Exception):
+        os._exit(code)  # threads of the engine's libraries must not hold it up
+
+
+if __name__ == "__main__":
+    main()

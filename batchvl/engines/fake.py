@@ -1,0 +1,131 @@
+"""An engine without a model: for tests, benchmarks and trying out a manifest, with every misbehaviour on order."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from ..errors import EngineFailed, OptionError, RowTimeout
+from ..images.arena import ArenaView
+from ..images.preparation import PreparationSpec
+from ..request import Failure, Request, Response, Struct
+from .protocol import EngineInfo, EngineSpec
+
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class FakeOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a FakeEngine does. Rows are manifest row numbers; 0 for an `every` means never."""
+
+    delay: Seconds = 0.0
+    """Seconds from a list's arrival to each of its answers."""
+    spread: Seconds = 0.0
+    """Up to so many seconds more, by row, so that rows finish out of order."""
+    start_delay: Seconds = 0.0
+    fail_every: int = 0
+    """Every so-many-th row is answered with a failure that a retry does not mend."""
+    flaky_every: int = 0
+    """Every so-many-th row fails the first time that this process sees it."""
+    die_on: tuple[int, ...] = ()
+    """The process kills itself when it is handed one of these rows."""
+    die_after: int = 0
+    """The process kills itself after so many answers."""
+    hang_on: tuple[int, ...] = ()
+    """The process stops answering anything when it is handed one of these rows."""
+    refuse: str = ""
+    """The engine cannot start, for this reason."""
+    pictures: bool = True
+    """Whether image workers decode pictures and hand over their thumbnails."""
+    lists_open: int = 4
+
+
+class FakeEngine:
+    """Answers every turn with the prompt's text and a digest of what it saw of the row's pictures.
+
+    The digest is over the tensors in the arena, so a test that knows the pictures can tell a swapped one.
+    """
+
+    def __init__(self, spec: EngineSpec, arena: ArenaView) -> None:
+        self.steps = 0
+        self._spec, self._arena = spec, arena
+        try:
+            self._options = msgspec.convert(spec.options, FakeOptions, strict=False)
+        except msgspec.ValidationError as error:
+            raise OptionError(f"--engine-option of the engine 'fake': {error}") from None
+        self._aborted: set[int] = set()
+        self._failed_once: set[int] = set()
+        self._answered = 0
+        self._hung = False
+
+    async def resolve(self) -> PreparationSpec | None:
+        return PreparationSpec("batchvl.engines.fake_preparation:Thumbnails") if self._options.pictures else None
+
+    async def start(self) -> EngineInfo:
+        if self._options.refuse:
+            raise OptionError(self._options.refuse)
+        await asyncio.sleep(self._options.start_delay)
+        return EngineInfo(
+            "fake", "1", self._spec.model or "fake", "fake",
+            batch_size=self._spec.batch_size or 32, lists_open=self._options.lists_open,
+        )  # fmt: skip
+
+    async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
+        """Answers in order of completion; without `delay` in the list's."""
+        options, arrived = self._options, time.monotonic()
+        for request in requests:
+            if request.row in options.die_on:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._hung |= request.row in options.hang_on
+        due = sorted((options.delay + self._spread(request.row), i, request) for i, request in enumerate(requests))
+        for after, _, request in due:
+            wait = arrived + after - time.monotonic()
+            while wait > 0 and request.row not in self._aborted:
+                await asyncio.sleep(min(wait, 0.05))
+                wait = arrived + after - time.monotonic()
+            if self._hung:
+                await asyncio.Event().wait()
+            if options.die_after and self._answered >= options.die_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._answered += 1
+            self.steps += 1
+            yield self._answer(request)
+
+    async def abort(self, row: int) -> None:
+        self._aborted.add(row)
+
+    async def close(self) -> None:
+        self._arena.close()
+
+    def _spread(self, row: int) -> float:
+        return self._options.spread * (row * 2654435761 % 997) / 997
+
+    def _answer(self, request: Request) -> Response:
+        row, options = request.row, self._options
+        if row in self._aborted:
+            self._aborted.discard(row)
+            return Response(row, failure=Failure.of(RowTimeout("the row was aborted")))
+        if options.fail_every and row % options.fail_every == 0:
+            error = Failure(EngineFailed.code, EngineFailed.stage, "this row fails by order", retryable=False)
+            return Response(row, failure=error)
+        if options.flaky_every and row % options.flaky_every == 0 and row not in self._failed_once:
+            self._failed_once.add(row)
+            return Response(row, failure=Failure.of(EngineFailed("this row fails once, by order")))
+        seen = self._digest(request)
+        turns = (request.messages[-1], *request.followups)
+        texts = tuple(" ".join([*(part.text for part in turn.parts if part.text), *seen]) for turn in turns)
+        words = sum(len(text.split()) for text in texts)
+        return Response(row, texts, "stop", input_tokens=words, output_tokens=words)
+
+    def _digest(self, request: Request) -> list[str]:
+        if request.extent is None:
+            return []
+        data = self._arena.at(request.extent)
+        return [hashlib.sha256(data[t.offset : t.offset + t.shape[0]]).hexdigest()[:12] for t in request.tensors]

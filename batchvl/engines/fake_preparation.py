@@ -1,0 +1,20 @@
+"""What image workers do for the FakeEngine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIDE = 32
+
+
+class Thumbnails:
+    """Each picture as SIDE x SIDE pixels of three bytes."""
+
+    def prepare(self, request: Request, pictures: Sequence[Image]) -> dict[str, bytes]:
+        return {f"picture{i}": picture.resize((SIDE, SIDE)).tobytes() for i, picture in enumerate(pictures)}

@@ -1,0 +1,58 @@
+"""What the runner and an engine's process say to each other."""
+
+from __future__ import annotations
+
+from ..images.preparation import PreparationSpec
+from ..request import Request, Response, Struct
+from .protocol import EngineInfo, EngineSpec
+
+
+class Open(Struct, frozen=True, tag="open"):
+    """The first message: which engine, and the arena of prepared tensors (a descriptor and its size)."""
+
+    spec: EngineSpec
+    arena_fd: int
+    arena_size: int
+
+
+class Infer(Struct, frozen=True, tag="infer"):
+    """A list of requests."""
+
+    requests: list[Request]
+
+
+class Abort(Struct, frozen=True, tag="abort"):
+    row: int
+
+
+class Close(Struct, frozen=True, tag="close"):
+    pass
+
+
+ToEngine = Open | Infer | Abort | Close
+
+
+class Resolved(Struct, frozen=True, tag="resolved"):
+    preparation: PreparationSpec | None
+
+
+class Started(Struct, frozen=True, tag="started"):
+    info: EngineInfo
+
+
+class Refused(Struct, frozen=True, tag="refused"):
+    """A UsageError: its class's name and its message."""
+
+    error: str
+    message: str
+
+
+class Answers(Struct, frozen=True, tag="answers"):
+    responses: list[Response]
+
+
+class Alive(Struct, frozen=True, tag="alive"):
+    """The engine has made progress since the last one."""
+
+
+FromEngine = Resolved | Started | Refused | Answers | Alive

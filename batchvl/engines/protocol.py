@@ -1,0 +1,93 @@
+"""The engine's contract: what every engine does, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import msgspec
+
+from ..images.arena import ArenaView
+from ..images.preparation import PreparationSpec
+from ..request import Request, Response, Sampling, Struct
+
+
+class EngineSpec(Struct, frozen=True):
+    """Which engine to start, and what it is told. Crosses into the engine's process."""
+
+    engine: str
+    """A name of `registry.ENGINES`."""
+    model: str = ""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    max_tiles: int | None = None
+    """At most so many tiles a picture; None is the model's own setting."""
+    batch_size: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    sampling: Sampling = Sampling()
+    """The run's default: what the engine cannot honour of it is an error before start."""
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The engine's own, of `--engine-option`."""
+
+
+class EngineInfo(Struct, frozen=True):
+    """What really runs, told by `start`; it goes into the summary and the output's metadata."""
+
+    engine: str
+    version: str
+    model: str
+    backend: str = ""
+    """What computes: "cpu", "cuda:0 NVIDIA H200", "turbomind", …"""
+    revision: str | None = None
+    template_sha256: str | None = None
+    """Of the chat template, since answers depend on it."""
+    dtype: str = ""
+    context: int | None = None
+    """Tokens of prompt, pictures and answer that fit."""
+    batch_size: int = 32
+    """Rows of a list."""
+    lists_open: int = 2
+    """How many lists keep the engine busy: while it answers one, the next lies ready."""
+
+
+class Engine(Protocol):
+    """One engine, driven on its process's event loop. It raises only when the engine itself is lost.
+
+    The constructor takes an `EngineSpec` and an `ArenaView`; it raises a `UsageError` for what it cannot honour.
+    """
+
+    steps: int
+    """Grows with every sign of progress, such as a token: an engine with rows whose steps stand still is hung."""
+
+    async def resolve(self) -> PreparationSpec | None:
+        """Finds the model's files, weights not loaded, and tells how its inputs are prepared; None: not at all.
+
+        Raises a `UsageError` where model, library or device is missing or unsupported.
+        """
+        ...
+
+    async def start(self) -> EngineInfo:
+        """Loads the model. Raises a `UsageError` where it cannot run here, with what to do about it."""
+        ...
+
+    def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
+        """One response a request, in order of completion; several lists may be open at once.
+
+        The turns of one row loop in here. A row's extent is read until its response is given, never after.
+        """
+        ...
+
+    async def abort(self, row: int) -> None:
+        """Ends a row that is in the engine as soon as can be: its response is a failure, or what was ready."""
+        ...
+
+    async def close(self) -> None:
+        """Lets go of the model."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """An engine's class."""
+
+    def __call__(self, spec: EngineSpec, arena: ArenaView) -> Engine: ...

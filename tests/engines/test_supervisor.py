@@ -1,0 +1,147 @@
+"""The supervised engine against a real child process that dies, hangs, refuses and delays to order."""
+
+import asyncio
+import os
+import signal
+from contextlib import asynccontextmanager
+
+import pytest
+
+from batchvl.engines.process import EngineDied
+from batchvl.engines.protocol import EngineSpec
+from batchvl.engines.supervisor import SupervisedEngine
+from batchvl.errors import EngineLost, OptionError
+from batchvl.images.arena import Arena
+from batchvl.lifeline import Lifeline
+from batchvl.options import EngineOptions
+from batchvl.request import Message, Part, Request, Sampling
+
+
+def request(row: int, *followups: str) -> Request:
+    messages = [Message("user", (Part(f"row {row}"),)), *(Message("user", (Part(text),)) for text in followups)]
+    return Request(row, (messages[0],), tuple(messages[1:]), Sampling())
+
+
+@pytest.fixture
+def engine(tmp_path):
+    @asynccontextmanager
+    async def start(*, batch_size=4, hang_timeout=300.0, row_timeout=300.0, **fake):
+        arena, lifeline = Arena(8, 4096), Lifeline()
+        spec = EngineSpec("fake", batch_size=batch_size, options={"pictures": False, **fake})
+        options = EngineOptions(hang_timeout=hang_timeout, row_timeout=row_timeout)
+        try:
+            async with SupervisedEngine(
+                spec, options, arena, lifeline, dict(os.environ), tmp_path / "engine.log"
+            ) as engine:
+                yield engine
+        finally:
+            lifeline.close()
+            arena.close()
+
+    return start
+
+
+async def test_every_row_gets_its_own_answer_out_of_order(engine):
+    async with engine(delay=0.01, spread=0.05) as e:
+        answers = await asyncio.gather(*(e.answer(request(i, f"and {i}?")) for i in range(50)))
+    assert [a.texts for a in answers] == [(f"row {i}", f"and {i}?") for i in range(50)]
+
+
+async def test_a_refusal_keeps_its_class_and_words(engine):
+    with pytest.raises(OptionError, match="no such thing"):
+        async with engine(refuse="no such thing") as e:
+            await e.started()
+
+
+async def test_an_unknown_engine_option_is_refused_before_start(engine):
+    with pytest.raises(OptionError, match="velocity"):
+        async with engine(velocity=3):
+            pass
+
+
+async def test_a_death_gives_back_what_was_held_and_the_rest_goes_on(engine):
+    async with engine(die_on=[7]) as e:
+        await e.answer(request(1000))
+        answers = await asyncio.gather(*(e.answer(request(i)) for i in range(20)), return_exceptions=True)
+        assert e.deaths == 1
+    died = [i for i, a in enumerate(answers) if isinstance(a, EngineDied)]
+    assert 7 in died
+    assert set(died) < set(range(20))
+    assert all(answers[i].texts == (f"row {i}",) for i in range(20) if i not in died)
+    assert "SIGKILL" in str(answers[7])
+
+
+async def test_two_deaths_before_the_first_answer_are_final_and_show_the_last_words(engine):
+    async with engine(die_on=[0]) as e:
+        with pytest.raises(EngineDied):
+            await e.answer(request(0))
+        with pytest.raises((EngineDied, EngineLost)):
+            await e.answer(request(0))
+        with pytest.raises(EngineLost, match=r"died 2 times before its first answer.*SIGKILL"):
+            await e.answer(request(1))
+
+
+async def test_five_deaths_in_vain_are_final_but_halving_counts_as_progress(engine):
+    async with engine(die_on=[0]) as e:
+        await e.answer(request(1))
+        for _ in range(4):
+            with pytest.raises(EngineDied):
+                await e.answer(request(0))
+        e.halved()
+        for _ in range(4):
+            with pytest.raises(EngineDied):
+                await e.answer(request(0))
+        with pytest.raises((EngineDied, EngineLost)):
+            await e.answer(request(0))
+        with pytest.raises(EngineLost, match="5 times without an answer"):
+            await e.answer(request(1))
+
+
+async def test_a_hung_process_leaves_its_stacks_and_is_replaced(engine, tmp_path):
+    async with engine(hang_on=[3], hang_timeout=0.6) as e:
+        await e.answer(request(1))
+        with pytest.raises(EngineDied, match=r"no progress for 0\.6 s"):
+            await e.answer(request(3))
+        assert (await e.answer(request(4))).texts == ("row 4",)
+    assert "Current thread" in (tmp_path / "engine.log").read_text()
+
+
+async def test_a_row_past_its_time_is_aborted_and_the_others_stay(engine):
+    async with engine(delay=0.8, row_timeout=0.2) as e:
+        response = await e.answer(request(1))
+    assert response.failure is not None
+    assert response.failure.code == "row_timeout"
+    assert "--row-timeout" in response.failure.message
+
+
+async def test_cancelling_a_row_waits_until_the_engine_lets_go(engine):
+    async with engine(delay=5) as e:
+        await e.started()
+        task = asyncio.create_task(e.answer(request(1)))
+        while not e.holds(1):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, 2)
+        assert not e.holds(1), "its extent is free from now on"
+
+
+async def test_killed_from_outside_it_comes_back(engine):
+    async with engine() as e:
+        await e.answer(request(1))
+        os.kill(e._process._process.pid, signal.SIGKILL)
+        assert (await e.answer(request(2))).texts == ("row 2",)
+        assert e.deaths == 1
+
+
+async def test_no_process_outlives_the_engine(engine):
+    async with engine(delay=60) as e:
+        await e.started()
+        pid = e._process._process.pid
+        task = asyncio.create_task(e.answer(request(1)))
+        await asyncio.sleep(0.1)
+        assert not task.done()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(EngineDied):
+        await task
