@@ -179,7 +179,9 @@ class SamplingOptions:
     """How answers are drawn, unless the row's `generation` tells otherwise"""
 
     max_new_tokens: Positive = option(512, "Most tokens of an answer.", meaning=True, metavar="N")
-    temperature: Annotated[float, Meta(ge=0)] = option(0.0, "0 is greedy: the likeliest token.", meaning=True, metavar="X")
+    temperature: Annotated[float, Meta(ge=0)] = option(
+        0.0, "0 is greedy: the likeliest token.", meaning=True, metavar="X"
+    )
     top_p: Share = option(1.0, "Draw from the likeliest tokens that sum to this share.", meaning=True, metavar="X")
     top_k: Count = option(0, "Draw from the K likeliest tokens; 0 is no limit.", meaning=True, metavar="K")
     repetition_penalty: Annotated[float, Meta(gt=0)] = option(1.0, "Above 1: repeat less.", meaning=True, metavar="X")

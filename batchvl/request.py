@@ -13,7 +13,7 @@ import msgspec
 from .errors import RowError
 
 
-class Struct(msgspec.Struct, omit_defaults=True):
+class Struct(msgspec.Struct, omit_defaults=True, frozen=True):
     """Base of everything that is handed over."""
 
 

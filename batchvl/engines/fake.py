@@ -29,6 +29,8 @@ class FakeOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds from a list's arrival to each of its answers."""
     spread: Seconds = 0.0
     """Up to so many seconds more, by row, so that rows finish out of order."""
+    slow_every: int = 0
+    """Every so-many-th row takes a minute, unless it is aborted."""
     start_delay: Seconds = 0.0
     fail_every: int = 0
     """Every so-many-th row is answered with a failure that a retry does not mend."""
@@ -105,6 +107,8 @@ class FakeEngine:
         self._arena.close()
 
     def _spread(self, row: int) -> float:
+        if self._options.slow_every and row % self._options.slow_every == 0:
+            return 60.0
         return self._options.spread * (row * 2654435761 % 997) / 997
 
     def _answer(self, request: Request) -> Response:

@@ -40,6 +40,8 @@ class EngineProcess:
         self.died: asyncio.Future[EngineDied] = loop.create_future()
         self._answered, self._alive = answered, alive
         self._killed_for: str | None = None
+        self.gone = False
+        """Whether nothing can be told to it any more."""
 
     async def open(
         self, spec: EngineSpec, arena: Arena, lifeline: Lifeline, environment: Mapping[str, str], log: Path
@@ -101,6 +103,7 @@ class EngineProcess:
 
     def _lost(self) -> None:
         """The socket ended, and with it, or soon, the process: wait for it away from the event loop."""
+        self.gone = True
         self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:

@@ -57,8 +57,10 @@ class Engine(Protocol):
     The constructor takes an `EngineSpec` and an `ArenaView`; it raises a `UsageError` for what it cannot honour.
     """
 
-    steps: int
-    """Grows with every sign of progress, such as a token: an engine with rows whose steps stand still is hung."""
+    @property
+    def steps(self) -> int:
+        """Grows with every sign of progress, such as a token: an engine with rows whose steps stand still is hung."""
+        ...
 
     async def resolve(self) -> PreparationSpec | None:
         """Finds the model's files, weights not loaded, and tells how its inputs are prepared; None: not at all.

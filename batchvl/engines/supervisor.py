@@ -123,13 +123,13 @@ class SupervisedEngine:
         self._pending.append((request, answer))
         self._pump()
         try:
-            return await asyncio.shield(answer)
+            return await answer
         except asyncio.CancelledError:
-            if request.row in self._held:
+            held = self._held.get(request.row)
+            if held is not None:
+                held.answer = asyncio.get_running_loop().create_future()
                 self._abort(request.row)
-                await asyncio.wait([answer])
-            else:
-                answer.cancel()
+                await asyncio.wait([held.answer])
             raise
 
     @property
@@ -214,7 +214,7 @@ class SupervisedEngine:
 
     def _pump(self, lingered: bool = False) -> None:
         """Hands the engine lists while it has room; an incomplete one only after a moment's wait for more."""
-        if not self._up.is_set() or self.info is None or self._process is None:
+        if not self._up.is_set() or self.info is None or self._process is None or self._process.gone:
             return
         size = self.info.batch_size
         while self._pending and self._lists_open < self.info.lists_open:

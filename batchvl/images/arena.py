@@ -102,6 +102,11 @@ class Arena(ArenaView):
                 self._serve()
             raise
 
+    def reserve_now(self, size: int) -> Extent | None:
+        """One extent if there is room for it this moment and nobody waits, else None."""
+        extents = None if self._waiting else self._take([-(-max(1, size) // self.block_bytes)], [size])
+        return extents[0] if extents else None
+
     def shrink(self, extent: Extent, length: int) -> Extent:
         """The same extent with only its first `length` bytes (at least one block is kept); the rest is free again."""
         first = extent.start // self.block_bytes

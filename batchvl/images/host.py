@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -82,13 +82,13 @@ def _serve(
     signal.set_wakeup_fd(wake)
     workers: dict[int, int] = {}
     while os.getppid() == parent:
-        ready, _, _ = select.select([control, woken, lifeline], [], [], 5)
+        ready, _, _ = select.select([control.fileno(), woken, lifeline], [], [], 5)
         if lifeline in ready:
             return
         if woken in ready:
             os.read(woken, 4096)
             _reap(control, workers)
-        if control not in ready:
+        if control.fileno() not in ready:
             continue
         data, fds, _, _ = socket.recv_fds(control, 65536, 1)
         if not data:
@@ -143,14 +143,17 @@ def _work(
             arrays = _prepare(job, images, setup, preparation, arenas[0])
             tensors, size = _layout(arrays)
             spent = time.monotonic() - start
-            if size:
+            room = job.room
+            if size and (room is None or room.length < size):
                 wire.send(Need(size))
                 grant = wire.receive()
                 assert isinstance(grant, Grant)
-                start = time.monotonic()
-                _write(arrays, tensors, arenas[1].at(grant.extent))
-                spent += time.monotonic() - start
-            wire.send(Done(tuple(images), tensors, spent))
+                room = grant.extent
+            start = time.monotonic()
+            if room is not None and size:
+                _write(arrays, tensors, arenas[1].at(room))
+            spent += time.monotonic() - start
+            wire.send(Done(tuple(images), tensors, size, spent))
         except RowFailed as error:
             wire.send(Failed(error.failure, tuple(images)))
         finally:
@@ -204,7 +207,8 @@ def _write(arrays: Mapping[str, Array], tensors: tuple[Tensor, ...], into: memor
     for array, tensor in zip(arrays.values(), tensors, strict=True):
         size = _size(array)
         if size:
-            into[tensor.offset : tensor.offset + size] = memoryview(array).cast("B")
+            data: Any = array  # numpy's arrays are buffers from Python 3.12 on, as far as types tell
+            into[tensor.offset : tensor.offset + size] = memoryview(data).cast("B")
 
 
 def _size(array: Array) -> int:

@@ -3,8 +3,8 @@
 The runner's side. `host.py` is the other: one process that loads the engine's preparation once and forks the workers,
 so that importing it is paid for once. A worker does one row at a time:
 
-    runner ── Job ──▶ worker      the row, and where its pictures' bytes lie
-           ◀─ Need ──             so many bytes of prepared tensors: is there room?
+    runner ── Job ──▶ worker      the row, where its pictures' bytes lie, and room as rows usually need it
+           ◀─ Need ──             only if that does not do: so many bytes of prepared tensors
            ── Grant ─▶            here
            ◀─ Done ──             written; or Failed, at any point
 """
@@ -45,6 +45,7 @@ class Source(Struct, frozen=True):
 class Job(Struct, frozen=True, tag="job"):
     request: Request
     sources: tuple[Source, ...]
+    room: Extent | None = None
 
 
 class Grant(Struct, frozen=True, tag="grant"):
@@ -58,6 +59,8 @@ class Need(Struct, frozen=True, tag="need"):
 class Done(Struct, frozen=True, tag="done"):
     images: tuple[Image, ...]
     tensors: tuple[Tensor, ...]
+    size: int
+    """Bytes that the tensors take in the extent."""
     seconds: float
 
 
@@ -132,6 +135,7 @@ class _Worker:
     def __init__(self, number: int) -> None:
         self.number = number
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._deadline = 0.0
         self._channel: Channel[FromWorker] | None = None
         self._answer: asyncio.Future[FromWorker] | None = None
 
@@ -144,9 +148,14 @@ class _Worker:
         if self.died.done():
             raise _WorkerDied(self.died.result())
         self._answer = asyncio.get_running_loop().create_future()
+        self._deadline = time.monotonic() + seconds
         self._channel.send(message)
-        async with asyncio.timeout(seconds):
-            return await self._answer
+        return await self._answer
+
+    def check(self, now: float) -> None:
+        """Lets `ask` raise TimeoutError if its time is over. A timer a row would cost more than all else here."""
+        if self._answer is not None and not self._answer.done() and now > self._deadline:
+            self._answer.set_exception(TimeoutError())
 
     def ended(self, reason: str) -> None:
         """The host has reaped the process: nobody writes to its extents any more."""
@@ -192,10 +201,12 @@ class ImageWorkers:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._workers: dict[int, _Worker] = {}
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
+        self._usual = 0
         self._born = 0
         self._lost: EngineLost | None = None
         self._closing = False
         self._births: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> ImageWorkers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -210,10 +221,13 @@ class ImageWorkers:
         asyncio.get_running_loop().add_reader(ours, self._heard)
         for _ in range(self._count):
             await self._fork()
+        self._watch = asyncio.get_running_loop().create_task(self._check_deadlines())
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._closing = True
+        if self._watch is not None:
+            self._watch.cancel()
         asyncio.get_running_loop().remove_reader(self._control)
         with suppress(ProcessLookupError):
             self._host.kill()  # the kernel ends its workers with it
@@ -232,7 +246,10 @@ class ImageWorkers:
         Raises RowFailed; EngineUnavailable where the engine's preparation cannot be loaded; EngineLost where the
         workers' host process died.
         """
-        await asyncio.shield(self._ready)
+        if not self._ready.done():
+            await asyncio.shield(self._ready)
+        elif (error := self._ready.exception()) is not None:
+            raise error
         job = Job(request, tuple(sources))
         deaths = 0
         while True:
@@ -258,24 +275,30 @@ class ImageWorkers:
                 return worker
 
     async def _run(self, worker: _Worker, job: Job) -> Prepared:
-        extent: Extent | None = None
-        start, waited = time.monotonic(), 0.0
+        extent = self._prepared.reserve_now(self._usual) if self._usual else None
+        start = time.monotonic()
         try:
-            answer = await worker.ask(job, self._limits.prepare_timeout)
+            answer = await worker.ask(Job(job.request, job.sources, extent), self._limits.prepare_timeout)
             if isinstance(answer, Need):
-                asked = time.monotonic()
+                left = max(1.0, self._limits.prepare_timeout - (time.monotonic() - start))
+                if extent is not None:
+                    self._prepared.release(extent)  # holding on to it while waiting for more could last for ever
+                    extent = None
                 try:
                     [extent] = await self._prepared.reserve([answer.size])
                 except RowError as error:
                     await self._end(worker)  # it waits for a grant that never comes
                     raise RowFailed(Failure.of(error), _images(job.sources)) from None
-                waited = time.monotonic() - asked
-                left = max(1.0, self._limits.prepare_timeout - (asked - start))
                 answer = await worker.ask(Grant(extent), left)
             if isinstance(answer, Done):
-                request = msgspec.structs.replace(job.request, extent=extent, tensors=answer.tensors)
-                extent = None
-                return Prepared(request, answer.images, time.monotonic() - start - waited)
+                self._usual = max(answer.size, self._usual - self._usual // 256)
+                if answer.size:
+                    assert extent is not None
+                    done, extent = self._prepared.shrink(extent, answer.size), None
+                    request = msgspec.structs.replace(job.request, extent=done, tensors=answer.tensors)
+                else:
+                    request = job.request
+                return Prepared(request, answer.images, answer.seconds)
             assert isinstance(answer, Failed)
             raise RowFailed(answer.failure, answer.images)
         except TimeoutError:
@@ -295,6 +318,13 @@ class ImageWorkers:
             with suppress(OSError):
                 self._control.send(msgspec.msgpack.encode(Kill(worker.number)))
             await asyncio.shield(worker.died)
+
+    async def _check_deadlines(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self._limits.prepare_timeout / 4))
+            now = time.monotonic()
+            for worker in self._workers.values():
+                worker.check(now)
 
     async def _fork(self) -> None:
         ours, theirs = socket.socketpair()

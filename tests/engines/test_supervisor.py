@@ -130,6 +130,8 @@ async def test_killed_from_outside_it_comes_back(engine):
     async with engine() as e:
         await e.answer(request(1))
         os.kill(e._process._process.pid, signal.SIGKILL)
+        while not e.deaths:
+            await asyncio.sleep(0.01)
         assert (await e.answer(request(2))).texts == ("row 2",)
         assert e.deaths == 1
 
