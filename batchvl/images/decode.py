@@ -1,0 +1,126 @@
+"""Encoded bytes to an RGB picture, strictly: what is cut off, damaged or too large is an error, never a grey field."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+import zlib
+
+import PIL.Image
+from PIL import ImageFile, features
+from PIL.Image import Transpose
+
+from .. import request
+from ..errors import CorruptPicture, NotAPicture, PrepareError, PrepareFailed, TooManyPixels, TruncatedPicture
+from ..options import ImageOptions
+from .rgb import to_rgb
+from .sniff import ends_early, is_picture, looks_like
+
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
+    if features.check({"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}.get(name, "pil"))
+)
+"""What is read, MPO as a JPEG. Pillow knows more formats; each is a decoder that a hostile file could aim at."""
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def strict() -> None:
+    """Makes Pillow refuse pictures that end early, and leaves the limit on pixels to `decode`.
+
+    These are Pillow's globals, and engines change them when they are imported (LMDeploy makes cut-off pictures grey):
+    `decode` calls this each time.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    PIL.Image.MAX_IMAGE_PIXELS = None
+
+
+def decode(
+    data: bytes | memoryview, limits: ImageOptions, source: str
+) -> tuple[PIL.Image.Image, request.Image]:  # fmt: skip
+    """The picture as RGB, EXIF orientation applied, transparency on white, of an animation the first frame; and what
+    the output says about it: sha256 and number of the encoded bytes, width and height in pixels.
+
+    `source` is how messages call the picture. The picture carries no metadata any more, so nobody turns it twice.
+
+    Raises NotAPicture, TruncatedPicture, CorruptPicture, TooManyPixels (told by the header, before decoding), or
+    PrepareFailed where the memory does not suffice; whatever Pillow raises ends as one of these.
+    """
+    strict()
+    data = bytes(data)  # also so that nobody changes it while it is read
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata that does not matter here
+            picture = _open(data, limits.max_image_pixels)
+    except PrepareError as error:
+        raise type(error)(f"{source}: {error}") from None
+    except MemoryError:
+        raise PrepareFailed(f"{source}: decoding needs more memory than the image worker has") from None
+    except Exception as error:
+        raise _blame(data, error, source) from error
+    width, height = picture.size
+    return picture, request.Image(source, hashlib.sha256(data).hexdigest(), width, height, len(data))
+
+
+def _open(data: bytes, max_pixels: int) -> PIL.Image.Image:
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise CorruptPicture(f"its header says {width} x {height} pixels")
+        if width * height > max_pixels:
+            raise TooManyPixels(
+                f"{width} x {height} pixels are {width * height:,}, more than --max-image-pixels {max_pixels:,}"
+            )
+        if image.format == "PNG":
+            _check_sums(memoryview(data))
+        image.load()
+        picture = to_rgb(image)
+        turn = _turn(image)
+        if turn is not None:
+            picture = picture.transpose(turn)
+        elif picture is image:
+            picture = image._new(image.im)  # the plain class, without the file; `copy()` costs as much as decoding
+    picture.info.clear()
+    return picture
+
+
+def _check_sums(data: memoryview) -> None:
+    """Pillow skips the checksums of a PNG's pixels, and what is damaged often decodes to something.
+
+    Critical chunks (PNG specification, 5.3 and 5.4) count here; those of metadata are Pillow's business.
+    """
+    at = len(b"\x89PNG\r\n\x1a\n")
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        critical = not data[at + 4] & 0x20
+        if (
+            critical
+            and end + 4 <= len(data)
+            and zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big")
+        ):
+            raise CorruptPicture(f"its chunk {bytes(data[at + 4 : at + 8])!r} has a wrong checksum")
+        at = end + 4
+
+
+def _turn(image: PIL.Image.Image) -> Transpose | None:
+    """How the picture is to be turned upright. Broken EXIF says nothing about the pixels, and is ignored."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return None
+
+
+def _blame(data: bytes, error: Exception, source: str) -> PrepareError:
+    """The row's error for an exception of Pillow, whose types and texts differ from decoder to decoder."""
+    if not is_picture(data):
+        return NotAPicture(f"{source}: found {looks_like(data)}, want a picture ({', '.join(FORMATS)})")
+    reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {type(error).__name__}: {error}"
+    if ends_early(data) or isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return TruncatedPicture(f"{source}: ends after {len(data):,} bytes, before the picture is whole{reason}")
+    return CorruptPicture(f"{source}: {len(data):,} bytes that cannot be decoded{reason}")
