@@ -1,0 +1,98 @@
+"""Arrow's types: which fit which column of a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+from pyarrow import types
+
+from .columns import Columns
+from .rows import IdType
+
+
+def label_type(kind: pa.DataType) -> IdType | None:
+    """What ids of an Arrow type are; None where all are null."""
+    kind = plain(kind)
+    return None if types.is_null(kind) else "int64" if types.is_integer(kind) else "string"
+
+
+def plain(kind: pa.DataType) -> pa.DataType:
+    """The type of a column's values, without dictionary or extension."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    return kind.value_type if types.is_dictionary(kind) else kind
+
+
+def beyond_python(kind: pa.DataType) -> bool:
+    """Whether values are finer than Python's times: Arrow then raises an error, or needs pandas."""
+    temporal = types.is_timestamp(kind) or types.is_time64(kind) or types.is_duration(kind)
+    return bool(temporal and kind.unit == "ns")
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(test(kind) for test in tests)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+def _is_prompt(kind: pa.DataType) -> bool:
+    return _is_string(kind) or (_is_list(kind) and (_is_string(kind.value_type) or types.is_null(kind.value_type)))
+
+
+def _is_chat(kind: pa.DataType) -> bool:
+    return _is_string(kind) or (_is_list(kind) and types.is_struct(kind.value_type))
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    if _is_list(kind):
+        return not _is_list(kind.value_type) and (_is_picture(kind.value_type) or types.is_null(kind.value_type))
+    if types.is_struct(kind):
+        return any(field.name in ("bytes", "path") for field in kind)
+    return _is_string(kind) or _is_binary(kind)
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    return bool(types.is_integer(kind) or _is_string(kind))
+
+
+def _is_settings(kind: pa.DataType) -> bool:
+    return bool(types.is_struct(kind) or types.is_map(kind) or _is_string(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return not _is_binary(kind)
+
+
+class Use(NamedTuple):
+    """What a column is for: which types fit, in words too, and the flag that names another column."""
+
+    fits: Callable[[pa.DataType], bool]
+    wanted: str
+    flag: str
+
+
+_PROMPT = Use(_is_prompt, "strings, or lists of strings", "--prompt-column")
+_MESSAGES = Use(_is_chat, "lists of structs, or JSON in strings", "--messages-column")
+_IMAGES = Use(_is_picture, "strings, binary, {bytes, path}, or lists of these", "--image-column")
+_ID = Use(_is_label, "integers or strings", "--id-column")
+_GENERATION = Use(_is_settings, "structs, maps, or JSON in strings", "--generation-column")
+_TEMPLATE = Use(_is_text, "what can be written as text", "--prompt")
+
+
+def uses(columns: Columns) -> Iterator[tuple[str, Use]]:
+    """The columns with what each is for; those of `--keep` may be anything."""
+    single = (
+        (columns.prompt, _PROMPT), (columns.messages, _MESSAGES), (columns.images, _IMAGES), (columns.image, _IMAGES),
+        (columns.id, _ID), (columns.generation, _GENERATION),
+    )  # fmt: skip
+    yield from ((name, use) for name, use in single if name is not None)
+    yield from ((name, _TEMPLATE) for name in columns.template)

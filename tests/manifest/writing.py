@@ -1,0 +1,61 @@
+"""Manifests for tests, and what batchvl reads of them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchvl.manifest import Manifest
+from batchvl.options import ManifestOptions, PromptOptions, Shard
+from batchvl.request import Row
+
+
+def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
+    """Writes rows in the format that the file's name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".parquet"):
+        table = pa.Table.from_pylist(rows, schema=options.pop("schema", None))
+        pq.write_table(table, path, **options)
+        return path
+    if name.endswith(".csv"):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
+    return write_bytes(path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Writes text, compressed as the file's name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(data)
+        return path
+    path.write_bytes(data)
+    return path
+
+
+def opened(source: Path | str, prompt: str | None = None, **options: Any) -> Manifest:
+    return Manifest.open(source, ManifestOptions(**options), PromptOptions(prompt=prompt))
+
+
+def rows_of(
+    source: Path | str, shard: Shard = Shard(), skip: Container[int] = (), **options: Any  # noqa: B008
+) -> list[Row]:  # fmt: skip
+    return [row for rows in opened(source, **options).rows(shard, skip) for row in rows]
+
+
+def numbers(rows: list[Row]) -> list[int]:
+    return [row.number for row in rows]
