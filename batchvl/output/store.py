@@ -1,0 +1,134 @@
+"""The output of one shard, as the runner sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from ..errors import OptionError
+from ..options import OutputOptions, Shard
+from .disk import FAILING, Disk, stopped
+from .done import Bitmap
+from .guard import Guard
+from .record import Counts, Record
+from .shard import Attempt, ShardFolder
+from .writer import OnCommit, Writer
+
+
+class Output:
+    """Records in, files out. Opened before the engine is there, since what is done decides whether one is needed.
+
+    >>> import asyncio, tempfile
+    >>> async def example(folder: Path) -> int:
+    ...     output = Output.open(folder, Guard("f1", {}, total=2))
+    ...     output.describe({"engine": "fake"})
+    ...     output.add(Record(0, "ok", response="a cat"))
+    ...     await output.room()
+    ...     await output.close()
+    ...     return len(Output.open(folder, Guard("f1", {})).done)
+    >>> asyncio.run(example(Path(tempfile.mkdtemp())))
+    1
+    """
+
+    done: Bitmap
+    """The rows that earlier attempts recorded, ok and failed; it does not grow with this attempt's."""
+    counts: Counts
+    """The same rows, counted."""
+
+    def __init__(self, guard: Guard, attempt: Attempt, writer: Writer, done: Bitmap, counts: Counts) -> None:
+        self._guard, self._attempt, self._writer = guard, attempt, writer
+        self.done, self.counts = done, counts
+
+    @classmethod
+    def open(
+        cls, folder: Path, guard: Guard, shard: Shard | None = None, *, options: OutputOptions | None = None,
+        on_commit: OnCommit | None = None, retry: int = 0, disk: Disk | None = None,
+    ) -> Output:  # fmt: skip
+        """Takes the shard's lock, compares `run.json`, takes an attempt's number and finds out what is done.
+
+        on_commit is called on the event loop's thread with the counts of what has just become durable. retry is the
+        how-manieth `retry` of the run this is: its results win over earlier ones. Blocks; needs no event loop.
+
+        Raises ResumeError (another run's folder, a runner at work in it, files damaged or too new), OptionError (a kept
+        column's name, a folder that cannot be made or written) and StoppedEarly (the disk is full or failing).
+        """
+        shard, options, disk = shard or Shard(0, guard.shards), options or OutputOptions(), disk or Disk()
+        schema = guard.schema
+        try:
+            guard.claim(folder, disk)
+            attempt = Attempt(ShardFolder.of(folder, shard), retry=retry, total=guard.total, disk=disk)
+        except OSError as error:
+            if error.errno in FAILING:
+                raise stopped(folder, error) from error
+            raise OptionError(f"-o {folder}: cannot be written: {error.strerror}") from error
+        try:
+            tally = attempt.folder.recover()
+        except OSError as error:
+            attempt.release()
+            raise stopped(attempt.folder.path, error) from error
+        except BaseException:
+            attempt.release()
+            raise
+        writer = Writer(
+            attempt, schema, commit_seconds=options.commit_seconds, part_rows=options.part_rows, disk=disk,
+            on_commit=on_commit,
+        )  # fmt: skip
+        return cls(guard, attempt, writer, tally.rows(), tally.counts())
+
+    @property
+    def complete(self) -> bool:
+        """Whether earlier attempts did all of the shard's rows, as far as the guard's `total` is known."""
+        if self._guard.total is None:
+            return False
+        rows = self._attempt.folder.shard.rows(self._guard.total)
+        return self.done.count(rows) == len(rows)
+
+    @property
+    def folder(self) -> Path:
+        """The shard's folder."""
+        return self._attempt.folder.path
+
+    @property
+    def attempt(self) -> int:
+        """The attempt's number, from 1."""
+        return self._attempt.number
+
+    def describe(self, metadata: Mapping[str, str]) -> None:
+        """What the run says about itself: version, engine, …, as texts. Until this is called no part is made.
+
+        Fingerprint and options are added. Raises StoppedEarly.
+        """
+        own = {"fingerprint": self._guard.fingerprint, "options": msgspec.json.encode(self._guard.options).decode()}
+        try:
+            self._attempt.describe(metadata)
+        except OSError as error:
+            raise stopped(self.folder, error) from error
+        self._writer.describe(dict(metadata) | own)
+
+    def add(self, record: Record) -> None:
+        """Hands over a row's result: a few microseconds, never waits. `on_commit` tells when it is durable.
+
+        Call it on the event loop's thread, after `await room()`. Raises StoppedEarly once writing has failed.
+        """
+        self._writer.add(record)
+
+    async def room(self) -> None:
+        """Returns once at most 32 MB wait to be written. Raises StoppedEarly once writing has failed."""
+        await self._writer.room()
+
+    async def close(self, complete: bool = False, total: int | None = None) -> None:
+        """Commits what is left, makes the last part and lets go of the lock, whatever happens.
+
+        complete: the shard's end was reached; total: the manifest's rows, where they were not known before.
+        Raises StoppedEarly where not all could be written: what `on_commit` told of is kept.
+        """
+        try:
+            await self._writer.close()
+            if complete:
+                self._attempt.complete(self._guard.total if total is None else total)
+        except OSError as error:
+            raise stopped(self.folder, error) from error
+        finally:
+            self._attempt.release()
