@@ -1,0 +1,81 @@
+"""Each row's own way of drawing tokens, within one batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+from ...request import Sampling
+
+
+class RowSampler(LogitsProcessor):  # type: ignore[misc]
+    """Changes logits such that their argmax is the token that each row draws.
+
+    Adding independent Gumbel noise to logits and taking the argmax draws exactly from their softmax (the Gumbel-max
+    trick: Gumbel 1954; Maddison, Tarlow and Minka, "A* Sampling", NeurIPS 2014). A row's noise at a step comes from
+    (seed, turn, step) alone, so its answer depends neither on its neighbours in the batch nor on its place there, as
+    far as the logits do not. Noise of a CPU and of a GPU differ.
+
+    A repetition penalty is Hugging Face's: over the prompt's and the answer's tokens, once each (Keskar et al., "CTRL",
+    2019); then temperature, top-k, top-p (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
+
+    samplings: of each row. turn: number of the answer. prompt_lengths: tokens of each row's prompt, padded on the
+    left to the longest.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], turn: int, prompt_lengths: Sequence[int]) -> None:
+        self._samplings, self._turn = samplings, turn
+        self._width = max(prompt_lengths)
+        self._padding = [self._width - length for length in prompt_lengths]
+        self._penalised = [i for i, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
+        self._drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
+        self._generator: torch.Generator | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether any row is other than greedy."""
+        return bool(self._penalised or self._drawn)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Tokens so far, (rows, tokens), and float32 logits, (rows, vocabulary), to changed logits."""
+        for i in self._penalised:
+            seen, penalty = input_ids[i, self._padding[i] :], self._samplings[i].repetition_penalty
+            found = scores[i, seen]
+            scores[i, seen] = torch.where(found < 0, found * penalty, found / penalty)
+        if self._drawn:
+            chosen = [self._samplings[i] for i in self._drawn]
+            step = input_ids.shape[1] - self._width
+            scores[self._drawn] = limited(scores[self._drawn], chosen) + self._noise(chosen, step, scores)
+        return scores
+
+    def _noise(self, samplings: Sequence[Sampling], step: int, like: torch.Tensor) -> torch.Tensor:
+        if self._generator is None:
+            self._generator = torch.Generator(like.device)
+        noise = torch.empty((len(samplings), like.shape[1]), device=like.device)
+        for row, sampling in zip(noise, samplings, strict=True):
+            key = f"{sampling.seed} {self._turn} {step}".encode()
+            self._generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
+            row.exponential_(generator=self._generator)
+        return noise.log_().neg_()
+
+
+def limited(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    """Logits over the temperature, minus infinity outside of top-k and top-p; (rows, vocabulary), of sampled rows."""
+
+    def column(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
+
+    logits = logits / column([sampling.temperature for sampling in samplings])
+    if all(sampling.top_k == 0 and sampling.top_p >= 1 for sampling in samplings):
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    ordered = ordered.masked_fill(rank >= column([s.top_k or logits.shape[1] for s in samplings]), -torch.inf)
+    odds = ordered.softmax(dim=-1)
+    before = odds.cumsum(dim=-1) - odds
+    # Rounding may bring the sum past 1 while top_p is 1, and the first token must stay with a top_p of 0.
+    cut = (before >= column([s.top_p if s.top_p < 1 else torch.inf for s in samplings])) & (rank > 0)
+    return torch.empty_like(logits).scatter_(1, order, ordered.masked_fill(cut, -torch.inf))

@@ -1,0 +1,277 @@
+"""The transformers engine with tiny random models of each family: whole answers, from pictures to text."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import pytest
+from transformers import AutoModelForImageTextToText, GenerationConfig
+
+from batchvl.engines.transformers.processor import load_processor
+from batchvl.request import Failure, Message, Part, Request
+from tests.engines.in_process import Line, ask, line, picture, request
+from tests.tiny_models import CONTEXT, FAMILIES
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return {name: make(base / name) for name, make in FAMILIES.items()}
+
+
+@pytest.fixture(params=FAMILIES)
+async def tiny(request, folders):
+    async with line(folders[request.param]) as started:
+        yield started
+
+
+@pytest.fixture
+async def internvl(folders):
+    async with line(folders["internvl"]) as started:
+        yield started
+
+
+MIXED = [
+    (request(0, ask("hello", 0)), [picture(28, 28, 1)]),
+    (request(1, ask("what is this then, tell me all", 0), max_new_tokens=5), [picture(90, 40, 2)]),
+    (request(2, ask("no picture at all")), []),
+    (request(3, ask("two in one", 1, 0)), [picture(30, 90, 3), picture(56, 56, 4)]),
+    (request(4, ask("first", 0), ask("then"), ask("last")), [picture(57, 27, 5)]),
+    (request(5, ask("first", 0), ask("another later", 1)), [picture(20, 80, 6), picture(60, 60, 7)]),
+    (request(6, ask("words first"), ask("then a picture", 0)), [picture(40, 40, 8)]),
+]
+
+
+async def test_a_batch_of_mixed_rows_answers_as_each_row_alone(tiny: Line):
+    together = await tiny.ask(*MIXED)
+
+    assert together == await tiny.ask_each(*MIXED)
+    assert [len(response.texts) for response in together] == [1, 1, 1, 1, 3, 2, 2]
+    assert not [response.failure for response in together if response.failure]
+
+
+async def test_answers_depend_on_the_row_s_own_pictures(tiny: Line):
+    rows = [(request(row, ask("what?", 0)), [picture(40, 40, seed)]) for row, seed in enumerate((1, 2, 1))]
+
+    first, other, same = await tiny.ask(*rows)
+
+    assert first.texts == same.texts
+    assert first.texts != other.texts
+
+
+async def test_order_of_pictures_is_that_of_the_messages(tiny: Line):
+    pictures = [picture(40, 40, 1), picture(60, 30, 2)]
+
+    first, second, swapped = await tiny.ask(
+        (request(0, ask("what?", 0, 1)), pictures),
+        (request(1, ask("what?", 1, 0)), pictures),
+        (request(2, ask("what?", 0, 1)), pictures[::-1]),
+    )
+
+    assert first.texts != second.texts
+    assert second.texts == swapped.texts
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_turns_equal_the_whole_conversation_asked_at_once(folders, name):
+    """Against transformers' own way: the processor's chat template in one go and a plain greedy `generate`."""
+    turns = [ask("hello you", 0), ask("go on"), ask("and this?", 1)]
+    pictures = [picture(60, 30, 1), picture(40, 40, 2)]
+    async with line(folders[name]) as started:
+        [response] = await started.ask((request(0, *turns), pictures))
+    processor, model = load_processor(str(folders[name])), AutoModelForImageTextToText.from_pretrained(folders[name])
+    model.generation_config = GenerationConfig(
+        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
+    )
+    chat, answers, tokens_in = [], [], 0
+    for turn in turns:
+        content = [
+            {"type": "image", "image": pictures[part.image]}
+            if part.text is None
+            else {"type": "text", "text": part.text}
+            for part in turn.parts
+        ]
+        chat.append({"role": "user", "content": content})
+        inputs = processor.apply_chat_template(
+            copy.deepcopy(chat), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answers.append(processor.tokenizer.decode(output, skip_special_tokens=True))
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answers[-1]}]})
+        tokens_in += inputs["input_ids"].shape[1]
+
+    assert response.texts == tuple(answers)
+    assert response.input_tokens == tokens_in
+
+
+async def test_history_and_system_message_are_part_of_the_prompt(internvl: Line):
+    history = (
+        Message("system", (Part("be brief"),)),
+        ask("hello", 0),
+        Message("assistant", (Part("a cat"),)),
+        ask("sure?"),
+    )
+    plain = request(0, ask("hello", 0))
+    asked = Request(1, history, sampling=plain.sampling)
+
+    short, long = await internvl.ask((plain, [picture(28, 28)]), (asked, [picture(28, 28)]))
+
+    assert long.input_tokens == short.input_tokens + len("|system|be brief||a cat|||user|sure?|||assistant|")
+    assert long.texts != short.texts
+
+
+async def test_seeds_decide_and_neighbours_do_not(tiny: Line):
+    def row(number: int, seed: int) -> tuple[Request, list]:
+        return request(number, ask("hello", 0), temperature=1.0, top_p=0.95, seed=seed), [picture(40, 40, 1)]
+
+    alone = [(await tiny.ask(row(0, seed)))[0].texts for seed in (1, 2)]
+    same, greedy, other, again = await tiny.ask(row(0, 1), MIXED[3], row(1, 2), row(2, 1))
+
+    assert [same.texts, other.texts] == alone
+    assert again.texts == same.texts != other.texts
+    assert greedy == (await tiny.ask(MIXED[3]))[0]
+
+
+async def test_each_turn_draws_anew(internvl: Line):
+    [response] = await internvl.ask((request(0, ask("a"), ask("a"), temperature=50.0, seed=3), []))
+
+    assert response.texts[0] != response.texts[1]
+
+
+async def test_stop_strings_cut_across_tokens_and_leave_the_history_short(internvl: Line):
+    whole, history = await internvl.ask(
+        (request(0, ask("hello", 0)), [picture(28, 28)]), (request(1, ask("hello", 0), ask("more")), [picture(28, 28)])
+    )
+    text = whole.texts[0]
+    stop = text[4:7]
+
+    cut, untouched, turns = await internvl.ask(
+        (request(0, ask("hello", 0), stop=("nowhere to be found", stop)), [picture(28, 28)]),
+        (request(1, ask("hello", 0), stop=("nowhere to be found",)), [picture(28, 28)]),
+        (request(2, ask("hello", 0), ask("more"), stop=(stop,)), [picture(28, 28)]),
+    )
+
+    assert cut.texts[0] == text[: text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert untouched.texts[0] == text
+    assert untouched.finish_reason == "length"
+    assert turns.texts[0] == cut.texts[0]
+    assert turns.input_tokens < history.input_tokens
+
+
+async def test_end_tokens_stop_and_are_no_text(internvl: Line):
+    """At a high temperature each of a hundred tokens is drawn, the model's end token among them."""
+    drawing = {"temperature": 30.0, "seed": 2, "max_new_tokens": 400}
+    ended, sooner = await internvl.ask(
+        (request(0, ask("x"), **drawing), []), (request(1, ask("x"), **drawing, stop=("<video>", "<img>")), [])
+    )
+
+    assert ended.finish_reason == sooner.finish_reason == "stop"
+    assert ended.texts[0].startswith(sooner.texts[0])
+    assert sooner.output_tokens < ended.output_tokens < 400
+
+
+async def test_rows_have_their_own_number_of_tokens(internvl: Line):
+    rows = [
+        (request(row, ask("hello", 0), max_new_tokens=count), [picture(28, 28)]) for row, count in enumerate((9, 1, 4))
+    ]
+
+    responses = await internvl.ask(*rows)
+
+    assert [response.output_tokens for response in responses] == [9, 1, 4]
+    assert {response.finish_reason for response in responses} == {"length"}
+    assert responses[0].texts[0].startswith(responses[2].texts[0])
+
+
+async def test_a_row_too_long_for_the_context_fails_alone(internvl: Line):
+    fitting, long, late = await internvl.ask(
+        (request(0, ask("hello", 0)), [picture(28, 28)]),
+        (request(1, ask("x" * CONTEXT)), []),
+        (request(2, ask("hello"), ask("x" * CONTEXT)), []),
+    )
+
+    assert fitting.texts
+    assert long.failure.code == late.failure.code == "context_length_exceeded"
+    assert str(CONTEXT) in long.failure.message
+    assert len(late.texts) == 1
+
+
+async def test_an_answer_ends_where_the_context_does(internvl: Line):
+    [response] = await internvl.ask((request(0, ask("x" * (CONTEXT - 40)), max_new_tokens=400), []))
+
+    assert response.finish_reason == "length"
+    assert response.input_tokens + response.output_tokens == CONTEXT
+
+
+async def test_rows_leave_early_and_a_running_row_can_be_aborted(internvl: Line):
+    rows = [(request(0, ask("long"), max_new_tokens=450), []), (request(1, ask("short"), max_new_tokens=1), [])]
+    responses = []
+
+    async for response in internvl.infer(rows):
+        responses.append(response)
+        await internvl.engine.abort(0)
+
+    assert [response.row for response in responses] == [1, 0]
+    assert responses[1].failure == Failure("row_timeout", "engine", "aborted", retryable=True)
+
+
+async def test_a_row_not_yet_begun_can_be_aborted(internvl: Line):
+    long = internvl.infer(
+        [(request(0, ask("long"), max_new_tokens=450), []), (request(1, ask("s"), max_new_tokens=1), [])]
+    )
+    assert (await anext(long)).row == 1
+    waiting = internvl.infer([(request(2, ask("x")), []), (request(3, ask("x")), [])])
+    first = anext(waiting)  # a coroutine: handed over once it is awaited
+
+    async def abort_soon():
+        while 2 not in internvl.engine._waiting:
+            await asyncio.sleep(0.001)
+        await internvl.engine.abort(2)
+
+    response, _ = await asyncio.gather(first, abort_soon())
+
+    assert response.row == 2
+    assert response.failure.code == "row_timeout"
+    await internvl.engine.abort(0)
+    assert [response.row async for response in long] == [0]
+    assert [response.row async for response in waiting] == [3]
+
+
+async def test_a_row_that_breaks_the_model_fails_alone(internvl: Line):
+    question = (request(0, ask("hello", 0)), [picture(28, 28)])
+    [expected] = await internvl.ask(question)
+    broken, *good = [await internvl.prepared(request(row, ask("hello", 0)), [picture(28, 28)]) for row in (1, 0, 2)]
+    [ids] = [tensor for tensor in broken.tensors if tensor.name == "input_ids"]
+    internvl.arena.at(broken.extent)[ids.offset : ids.offset + 4] = (10**6).to_bytes(4, "little")  # no such token
+
+    found = {response.row: response async for response in internvl.engine.infer([good[0], broken, good[1]])}
+
+    assert found[1].failure.code == "engine_error"
+    assert "index out of range" in found[1].failure.message
+    assert found[0].texts == found[2].texts == expected.texts
+
+
+async def test_lists_longer_than_a_batch_are_answered_whole(folders):
+    async with line(folders["internvl"], batch_size=3) as started:
+        assert started.info.batch_size == 3
+        together = await started.ask(*MIXED)
+        assert together == await started.ask_each(*MIXED)
+
+
+async def test_bfloat16_goes_through_the_arena(folders):
+    async with line(folders["qwen2_5_vl"], dtype="bfloat16") as started:
+        arrays = started.preparation.prepare(*MIXED[0])
+        [response] = await started.ask(MIXED[0])
+
+    assert arrays["pixel_values:bfloat16"].dtype == "uint16"
+    assert response.output_tokens == 12
+    assert started.info.dtype == "bfloat16"
+
+
+async def test_info_tells_what_runs(internvl: Line):
+    info = internvl.info
+
+    assert (info.engine, info.backend, info.dtype, info.context) == ("transformers", "cpu", "float32", CONTEXT)
+    assert info.lists_open == 2
+    assert len(info.template_sha256) == 64

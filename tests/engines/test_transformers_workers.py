@@ -1,0 +1,63 @@
+"""The engine with real image workers: prepared in processes forked from one, answered in this one."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from batchvl.engines.protocol import EngineSpec
+from batchvl.engines.transformers import TransformersEngine
+from batchvl.images.arena import Arena
+from batchvl.images.workers import ImageWorkers, Source
+from batchvl.lifeline import Lifeline
+from batchvl.options import ImageOptions
+from tests.engines.in_process import ask, line, picture, request
+from tests.tiny_models import FAMILIES
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "qwen2_5_vl")]
+
+
+@pytest.fixture
+def log(tmp_path):
+    with open(tmp_path / "log", "wb") as file:
+        yield file
+
+
+# One family suffices for the way, and its arrays are of three types. A host takes seconds to import transformers.
+@pytest.mark.parametrize("name", ["smolvlm", *SLOW])
+async def test_workers_prepare_what_the_engine_reads(tmp_path, log, name):
+    model = FAMILIES[name](tmp_path / "model")
+    pictures = [picture(90, 40, seed) for seed in range(3)]
+    requests = [request(row, ask("hello", 0), ask("and now?")) for row in range(3)] + [request(3, ask("no picture"))]
+    async with line(model) as started:
+        expected = await started.ask(*((asked, pictures[asked.row : asked.row + 1]) for asked in requests))
+
+    encoded, prepared, lifeline = Arena(8, 4096), Arena(64), Lifeline()
+    spec = EngineSpec("transformers", str(model), device="cpu", dtype="float32", options={"threads": 1})
+    engine = TransformersEngine(spec, prepared)
+    preparation = await engine.resolve()
+    path = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
+    async with ImageWorkers(
+        preparation, ImageOptions(), 1 << 20, [tmp_path], (encoded, prepared), 2,
+        lifeline, {**os.environ, "PYTHONPATH": path}, log,
+    ) as workers:  # fmt: skip
+        sources = []
+        for drawn in pictures:
+            data = io.BytesIO()
+            drawn.save(data, "PNG")
+            [extent] = await encoded.reserve([len(data.getvalue())])
+            encoded.at(extent)[:] = data.getvalue()
+            sources.append([Source("drawn", extent=extent)])
+        ready = await asyncio.gather(
+            *(workers.prepare(asked, files) for asked, files in zip(requests, [*sources, []], strict=True))
+        )
+    await engine.start()
+    found = {response.row: response async for response in engine.infer([done.request for done in ready])}
+    await engine.close()
+    lifeline.close()
+
+    assert [found[row] for row in range(4)] == expected
