@@ -1,6 +1,6 @@
 """Merge: all shards' parts and journals into one file, in the manifest's order, each row once.
 
-The rows are gone through in windows of about 16 MB. Of each part only the row groups that reach into the window are
+The rows are gone through in windows of about 2 MB. Of each part only the row groups that reach into the window are
 read; among several records of a row the winner is: ok before failed, then the later retry, then the lower attempt.
 """
 
@@ -28,7 +28,7 @@ from .record import Counts
 from .shard import ShardFolder
 
 RESULTS = "results.parquet"
-WINDOW_BYTES = 16 * 2**20
+WINDOW_BYTES = 2 * 2**20
 _FIRST_MISSING = 10
 
 
@@ -49,6 +49,13 @@ class MergeReport:
     def rows(self) -> int:
         """How many rows the file has."""
         return self.counts.rows
+
+    def __str__(self) -> str:
+        text = f"{self.file}: {self.rows:,} rows, {self.counts.ok:,} ok, {self.counts.failures:,} failed"
+        if not self.missing:
+            return text
+        first = ", ".join(map(str, self.first_missing)) + (", …" if self.missing > len(self.first_missing) else "")
+        return f"{text}; {self.missing:,} of {self.total:,} are missing: {first}"
 
 
 class Window(NamedTuple):

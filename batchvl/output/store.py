@@ -11,7 +11,7 @@ from ..errors import OptionError
 from ..options import OutputOptions, Shard
 from .disk import FAILING, Disk, stopped
 from .done import Bitmap
-from .guard import Guard
+from .guard import RUN_FILE, Guard
 from .record import Counts, Record
 from .shard import Attempt, ShardFolder
 from .writer import OnCommit, Writer
@@ -79,11 +79,19 @@ class Output:
 
     @property
     def complete(self) -> bool:
-        """Whether earlier attempts did all of the shard's rows, as far as the guard's `total` is known."""
-        if self._guard.total is None:
+        """Whether earlier attempts did all of the shard's rows, as far as `total` is known."""
+        total = self.total
+        if total is None:
             return False
-        rows = self._attempt.folder.shard.rows(self._guard.total)
+        rows = self._attempt.folder.shard.rows(total)
         return self.done.count(rows) == len(rows)
+
+    @property
+    def total(self) -> int | None:
+        """The manifest's rows: the guard's, or those that an earlier attempt counted to the end."""
+        if self._guard.total is None and (ended := self._attempt.folder.complete()) is not None:
+            return ended.total
+        return self._guard.total
 
     @property
     def folder(self) -> Path:
@@ -132,3 +140,20 @@ class Output:
             raise stopped(self.folder, error) from error
         finally:
             self._attempt.release()
+
+    def withdraw(self, *, logs: bool) -> None:
+        """After `close`: takes back what this attempt left where no row was ever recorded, so that a run that could
+        not start binds no later one to its settings. With `logs`, files that may tell why stay.
+        """
+        shard = self._attempt.folder
+        if any(True for _ in shard.sources()):
+            return
+        out, name = shard.path.parent, f"{self.attempt:04d}"
+        if not logs:
+            for path in (shard.path / f"attempt-{name}.json", *shard.path.glob(f"*-{name}.log")):
+                path.unlink(missing_ok=True)
+            if {path.name for path in shard.path.iterdir()} <= {"lock"}:
+                (shard.path / "lock").unlink(missing_ok=True)
+                shard.path.rmdir()
+        if all(found.path == shard.path for found in ShardFolder.all(out)):
+            (out / RUN_FILE).unlink(missing_ok=True)
