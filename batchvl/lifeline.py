@@ -49,11 +49,21 @@ def spawn(
     )
 
 
-def hold(fd: int, parent: int) -> None:
-    """In a child: leave when the parent dies or the pipe `fd` ends. `parent` is the expected parent's process id."""
+def tie(parent: int) -> None:
+    """In a child: die with the parent, whose process id is `parent`, and leave signals to the runner.
+
+    Slurm and terminals signal every process of a job, and what is in the engine has a grace period.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # it was gone before the kernel knew whom to watch
+
+
+def hold(fd: int, parent: int) -> None:
+    """In a child: `tie`, and leave when the pipe `fd` ends as well. Starts a thread."""
+    tie(parent)
 
     def watch() -> None:
         while os.read(fd, 1):

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -284,25 +284,43 @@ OPTION_TYPES = {name: hint for group in GROUPS for name, hint in get_type_hints(
 NAMES = frozenset(OPTION_TYPES)
 
 
-def convert(name: str, value: Any) -> Any:
+def convert(name: str, value: Any, where: str | None = None) -> Any:
     """A value from a flag, a variable or a job file as the option's type.
 
-    Raises OptionError naming the option, what was found and what is wanted.
+    where: what gave it; the flag by default. Raises OptionError naming that, what was found and what is wanted.
 
     >>> convert("max_image_bytes", "32MB"), convert("stop", "###")
     (32000000, ('###',))
     """
     hint = OPTION_TYPES[name]
-    if isinstance(value, str | int | float | Shard) and not isinstance(value, bool) and _is_tuple(hint):
-        value = (value,)
+    value = _as_text(value)
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        if get_origin(hint) is tuple:
+            value = (value,)
+        elif hint in (str, str | None):
+            value = str(value)
+    elif isinstance(value, list | tuple):
+        value = tuple(_as_text(item) for item in value)
     try:
+        if hint is Shard:  # msgspec knows dataclasses, and would ask for an object
+            return parse(Shard, value)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"want one of {', '.join(get_args(hint))}")
         return msgspec.convert(value, hint, strict=not isinstance(value, str), dec_hook=parse)
     except (msgspec.ValidationError, ValueError) as error:
-        raise OptionError(f"{flag(name)}: {str(error).replace(' - at `$`', '')}; found {value!r}") from None
+        reason = re.sub(r" - at `\$.*`|, got `\w+`", "", str(error))
+        reason = re.sub(
+            r"Expected `(\w+)(?: \| null)?`", lambda match: f"want {_WORDS.get(match[1], match[1])}", reason
+        )
+        found = "" if repr(value) in reason else f"; found {value!r}"
+        raise OptionError(f"{where or flag(name)}: {reason}{found}") from None
 
 
-def _is_tuple(hint: Any) -> bool:
-    return getattr(hint, "__origin__", None) is tuple
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def _as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def parse(kind: type, value: Any) -> Any:
@@ -341,17 +359,21 @@ def default(found: Field[Any]) -> Any:
 def gather(
     flags: Mapping[str, Any], environment: Mapping[str, str], job: Mapping[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    """Flat values by precedence: flags, then BATCHVL_* variables, then the job file. None and () mean not given."""
+    """Flat values by precedence: flags, then BATCHVL_* variables, then the job file.
+
+    None and () mean not given, and so does an empty variable. Raises OptionError for a variable's value.
+    """
     values = dict(job)
-    values |= {name: text for name in NAMES if (text := environment.get(variable(name))) is not None}
+    values |= {n: convert(n, text, variable(n)) for n in NAMES if (text := environment.get(variable(n)))}
     values |= {name: value for name, value in flags.items() if value is not None and value != ()}
     return values
 
 
 def read_job(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The options of a TOML job file, and its `manifest` if it names one (relative to the file).
+    """The options of a TOML job file, and its `manifest` if it names one.
 
-    Raises OptionError where the file is missing, is not TOML, or names an unknown option.
+    Raises OptionError where the file is missing, is not TOML, names an unknown option or has a value that it cannot
+    have. Paths are relative to the file.
     """
     file = Path(path)
     try:
@@ -364,19 +386,26 @@ def read_job(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name in job:
         if name != "manifest" and name not in NAMES:
             raise OptionError(f"{file}: unknown option {name!r}; the options are {', '.join(sorted(NAMES))}")
+    for name, value in job.items():
+        job[name] = convert(name, value, f"{file}: {name}") if name != "manifest" else str(value)
     for name in ("manifest", "output"):
-        if name in job and "://" not in str(job[name]):
-            job[name] = str(file.parent / str(job[name]))
+        if name in job and "://" not in job[name]:
+            job[name] = str(file.parent / job[name])
+    if "image_root" in job:
+        job["image_root"] = tuple(str(file.parent / root) for root in job["image_root"])
     return job
 
 
-def share(text: str, of: int) -> float:
-    """A bound written as a number of rows or as P% of `of` rows.
+def share(text: str, of: int, where: str = "") -> float:
+    """A bound written as a number of rows or as P% of `of` rows. Raises OptionError, naming `where`.
 
     >>> share("5", 200), share("5%", 200)
     (5.0, 10.0)
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
     if not found:
-        raise OptionError(f"{text!r} is no bound on failures: want a number of rows (100) or a share of them (1%)")
+        lead = where and f"{where}: "
+        raise OptionError(
+            f"{lead}{text!r} is no bound on failures: want a number of rows (100) or a share of them (1%)"
+        )
     return float(found[1]) * (of / 100 if found[2] else 1)

@@ -82,7 +82,6 @@ async def _tell_progress(engine: Engine, channel: Channel[ToEngine]) -> None:
 
 def main() -> None:
     hold(int(sys.argv[2]), int(sys.argv[3]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # how the runner asks a hung engine where it stands
     code = asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))

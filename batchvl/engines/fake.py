@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -84,7 +85,7 @@ class FakeEngine:
         options, arrived = self._options, time.monotonic()
         for request in requests:
             if request.row in options.die_on:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._die(f"over row {request.row}")
             self._hung |= request.row in options.hang_on
         due = sorted((options.delay + self._spread(request.row), i, request) for i, request in enumerate(requests))
         for after, _, request in due:
@@ -95,7 +96,7 @@ class FakeEngine:
             if self._hung:
                 await asyncio.Event().wait()
             if options.die_after and self._answered >= options.die_after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._die(f"after {self._answered} answers")
             self._answered += 1
             self.steps += 1
             yield self._answer(request)
@@ -105,6 +106,10 @@ class FakeEngine:
 
     async def close(self) -> None:
         self._arena.close()
+
+    def _die(self, reason: str) -> None:
+        print(f"dying {reason}, by order", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def _spread(self, row: int) -> float:
         if self._options.slow_every and row % self._options.slow_every == 0:

@@ -26,6 +26,9 @@ _LAST_WORDS = 2000
 class EngineDied(Exception):
     """The engine's process ended; the message tells how, with its last words."""
 
+    answered = 0
+    """How many rows the process had answered before."""
+
 
 class EngineProcess:
     """One engine process. `resolved` and `started` are futures; `died` is set once it is reaped.
@@ -76,6 +79,8 @@ class EngineProcess:
     async def close(self, seconds: float = 5.0) -> None:
         """Lets the process leave, kills it after `seconds`, and returns when it is gone."""
         self._channel.close()
+        if not self.started.done():
+            self.kill("it was not needed any more")  # while it loads a model it hears nothing
         done, _ = await asyncio.wait([self.died], timeout=seconds)
         if not done:
             self.kill("it did not leave when told to")

@@ -15,6 +15,10 @@ ENGINES: Mapping[str, str] = {
 }
 
 
+PRELOADS: Mapping[str, str] = {"transformers": "batchvl.engines.transformers.preparation"}
+"""The module of an engine's preparation, where importing it takes long."""
+
+
 def choose(name: str) -> str:
     """The engine that a run uses; "auto" is the best that is installed here.
 

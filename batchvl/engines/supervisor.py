@@ -32,10 +32,10 @@ LINGER_SECONDS = 0.005
 class _Held:
     """A row in the engine: who waits for it, the list it went in, and its deadline."""
 
-    __slots__ = ("aborted", "answer", "deadline", "members", "timed_out")
+    __slots__ = ("aborted", "answer", "deadline", "members", "sent", "timed_out")
 
-    def __init__(self, answer: asyncio.Future[Response], members: set[int], deadline: float) -> None:
-        self.answer, self.members, self.deadline = answer, members, deadline
+    def __init__(self, answer: asyncio.Future[Response], members: set[int], sent: float, deadline: float) -> None:
+        self.answer, self.members, self.sent, self.deadline = answer, members, sent, deadline
         self.aborted = self.timed_out = False
 
 
@@ -66,10 +66,13 @@ class SupervisedEngine:
         self.deaths = 0
         self.idle_seconds = 0.0
         """Seconds in which the engine was up and had nothing to do, between its first list and its last."""
+        self.row_seconds = 0.0
+        """Seconds that rows were in the engine, summed over the rows."""
         self._idle_since: float | None = None
-        self._answers = 0
+        self._answers = self._answers_before = 0
         self._deaths_in_vain = 0
         self._lost: BatchvlError | None = None
+        self._killed = False
         self._lingering: asyncio.TimerHandle | None = None
         self._up = asyncio.Event()
         self._ended = asyncio.Event()
@@ -148,7 +151,8 @@ class SupervisedEngine:
         return self.preparation is not None and self.preparation.text_too
 
     def kill(self, reason: str) -> None:
-        """Ends the process now: its rows come back as EngineDied."""
+        """Ends the process now and for good: its rows come back as EngineDied."""
+        self._killed = True
         if self._process is not None:
             self._process.kill(reason)
 
@@ -183,6 +187,9 @@ class SupervisedEngine:
                     pass
                 died = await asyncio.shield(process.died)
                 self._up.clear()
+                if self._killed:
+                    self._give_back(died)
+                    return
                 self._bury(died)
                 process = await self._launch()
         except BatchvlError as error:
@@ -194,15 +201,23 @@ class SupervisedEngine:
         """Counts a death and gives its rows back. Raises EngineLost where that was the last."""
         self.deaths += 1
         self._deaths_in_vain += 1
+        if not self._answers and self.deaths >= DEATHS_BEFORE_FIRST_ANSWER:
+            lost = EngineLost(f"the engine died {self.deaths} times before its first answer: {died}")
+        elif self._deaths_in_vain >= DEATHS_WITHOUT_PROGRESS:
+            lost = EngineLost(f"the engine died {self._deaths_in_vain} times without an answer in between: {died}")
+        else:
+            self._give_back(died)
+            return
+        self._release(lost)  # not as a death, for which a row could be blamed
+        raise lost
+
+    def _give_back(self, died: EngineDied) -> None:
+        died.answered, self._answers_before = self._answers - self._answers_before, self._answers
         self._lists_open = 0
         held, self._held = self._held, {}
         for row in held.values():
             if not row.answer.done():
                 row.answer.set_exception(died)
-        if not self._answers and self.deaths >= DEATHS_BEFORE_FIRST_ANSWER:
-            raise EngineLost(f"the engine died {self.deaths} times before its first answer: {died}")
-        if self._deaths_in_vain >= DEATHS_WITHOUT_PROGRESS:
-            raise EngineLost(f"the engine died {self._deaths_in_vain} times without an answer in between: {died}")
 
     def _release(self, error: Exception) -> None:
         waiting = [answer for _, answer in self._pending] + [row.answer for row in self._held.values()]
@@ -216,8 +231,11 @@ class SupervisedEngine:
         """Hands the engine lists while it has room; an incomplete one only after a moment's wait for more."""
         if not self._up.is_set() or self.info is None or self._process is None or self._process.gone:
             return
-        size = self.info.batch_size
-        while self._pending and self._lists_open < self.info.lists_open:
+        size, most_open = self.info.batch_size, self.info.lists_open
+        if self.deaths and not self._answers:
+            size = most_open = 1  # was it the engine or a row? One row, from their middle, tells
+            self._pending.rotate(len(self._pending) // 2)
+        while self._pending and self._lists_open < most_open:
             if len(self._pending) < size and not lingered:
                 if self._lingering is None:
                     loop = asyncio.get_running_loop()
@@ -238,7 +256,7 @@ class SupervisedEngine:
             if not answer.done():
                 requests.append(request)
                 members.add(request.row)
-                self._held[request.row] = _Held(answer, members, now + self._options.row_timeout)
+                self._held[request.row] = _Held(answer, members, now, now + self._options.row_timeout)
         if not requests:
             return
         if self._idle_since is not None:
@@ -257,6 +275,7 @@ class SupervisedEngine:
             row = self._held.pop(response.row, None)
             if row is None:
                 continue
+            self.row_seconds += self._progress - row.sent
             row.members.discard(response.row)
             if not row.members:
                 self._lists_open -= 1

@@ -118,7 +118,10 @@ class Fetcher:
         Raises the FetchError of the first picture that fails, or TooLarge where the row does not fit the arena; the
         row's other pictures are given up then, and nothing of it stays in the arena. So also when it is cancelled.
         """
+        files = [image for image in images if isinstance(image, FileImage)]
         pictures = [image for image in images if not isinstance(image, FileImage)]
+        if not pictures:
+            return Fetched(tuple(Source(source_label(image), image) for image in files), self._arena, ())
         for image in pictures:
             self._check(image)
         room = Room(self._arena, pictures, self._options.max_image_bytes)

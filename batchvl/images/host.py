@@ -1,7 +1,8 @@
 """The image workers' processes: a host that loads the engine's preparation once, and the workers that it forks.
 
-Started by `ImageWorkers` as `python -m batchvl.images.host CONTROL LIFELINE PARENT` (two descriptors and the runner's
-process id). The host has one thread when it forks, does no work of its own, and reaps.
+Started by `ImageWorkers` as `python -m batchvl.images.host CONTROL LIFELINE PARENT PRELOAD`: two descriptors, the
+runner's process id, and a module to import while there is nothing else to do. The host has one thread when it forks,
+does no work of its own, and reaps.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..errors import BatchvlError, PrepareFailed, RowError, TooManyPictures
-from ..lifeline import hold
+from ..lifeline import hold, tie
 from ..options import parse
 from ..request import Failure, Image, Tensor
 from ..wire import Wire
@@ -41,9 +43,12 @@ _ALIGNMENT = 64
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    parent = int(sys.argv[3])
+    parent, preload = int(sys.argv[3]), sys.argv[4]
+    tie(parent)
+    if preload:
+        with suppress(ImportError):  # the engine is about to tell what is missing
+            importlib.import_module(preload)
     setup = msgspec.msgpack.decode(control.recv(1 << 20), type=Setup, dec_hook=parse)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         preparation = load(setup.spec) if setup.spec is not None else None
     except BatchvlError as error:

@@ -174,13 +174,14 @@ class _Worker:
 class ImageWorkers:
     """A pool of image workers for one run, an async context manager.
 
-    `encoded` and `prepared` are the arenas of pictures' bytes and of tensors. The first `prepare` waits until the
-    host is up. Raises EngineUnavailable where the preparation cannot be loaded.
+    `arenas` are those of pictures' bytes and of tensors. `preload` names the module that the engine's preparation will
+    be in, if one is known: the host imports it while the engine still looks for its model. `load` tells what is to be
+    prepared and how; the first `prepare` waits until that is loaded.
     """
 
     def __init__(
         self,
-        spec: PreparationSpec | None,
+        preload: str | None,
         limits: ImageOptions,
         max_image_bytes: int,
         roots: Sequence[Path],
@@ -192,10 +193,7 @@ class ImageWorkers:
         memory: int = 4 * 2**30,
     ) -> None:
         self._encoded, self._prepared = arenas
-        self._setup = Setup(
-            spec, limits, max_image_bytes, tuple(map(str, roots)),
-            (self._encoded.fd, self._encoded.size), (self._prepared.fd, self._prepared.size), memory,
-        )  # fmt: skip
+        self._preload, self._max_image_bytes, self._roots, self._memory = preload, max_image_bytes, roots, memory
         self._limits, self._count = limits, workers
         self._lifeline, self._environment, self._log = lifeline, environment, log
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -212,17 +210,25 @@ class ImageWorkers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             fds = [theirs.fileno(), self._lifeline.fd, self._encoded.fd, self._prepared.fd]
-            arguments = [str(theirs.fileno()), str(self._lifeline.fd), str(os.getpid())]
+            arguments = [str(theirs.fileno()), str(self._lifeline.fd), str(os.getpid()), self._preload or ""]
             environment = without_secrets(self._environment)
             self._host = spawn("batchvl.images.host", arguments, fds, environment, self._log)
         self._control = ours
         ours.setblocking(False)
-        ours.send(msgspec.msgpack.encode(self._setup, enc_hook=plain))
         asyncio.get_running_loop().add_reader(ours, self._heard)
-        for _ in range(self._count):
-            await self._fork()
         self._watch = asyncio.get_running_loop().create_task(self._check_deadlines())
         return self
+
+    async def load(self, spec: PreparationSpec | None) -> None:
+        """Has the host load the preparation, None for none, and fork the workers. `prepare` raises what goes wrong."""
+        setup = Setup(
+            spec, self._limits, self._max_image_bytes, tuple(map(str, self._roots)),
+            (self._encoded.fd, self._encoded.size), (self._prepared.fd, self._prepared.size), self._memory,
+        )  # fmt: skip
+        with suppress(OSError):  # a host that is gone is told by `_heard`
+            self._control.send(msgspec.msgpack.encode(setup, enc_hook=plain))
+            for _ in range(self._count):
+                await self._fork()
 
     async def __aexit__(self, *exc: object) -> None:
         self._closing = True

@@ -123,7 +123,12 @@ def _from_glob(pattern: str) -> Files:
     parts = Path(pattern).parts
     literal = next(at for at, part in enumerate(parts) if glob.has_magic(part))
     folder = Path(*parts[:literal])
-    relative = sorted(Path(name).relative_to(folder).as_posix() for name in names)
+    outputs = {Path(name).parent for name in names}
+    outputs |= {above for path in outputs for above in path.parents if above.is_relative_to(folder)}
+    outputs = {path for path in outputs if path != folder and _is_output(path)}
+    relative = sorted(
+        path.relative_to(folder).as_posix() for path in map(Path, names) if outputs.isdisjoint(path.parents)
+    )
     return _one_format(folder, relative, f"{pattern}: a glob", lazy=False)
 
 

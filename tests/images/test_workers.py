@@ -61,9 +61,10 @@ def pool(tmp_path):
         path = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
         with open(tmp_path / "log", "wb") as log:
             async with ImageWorkers(
-                PreparationSpec(factory), ImageOptions(**limits), 1 << 20, [tmp_path], (encoded, prepared), workers,
+                None, ImageOptions(**limits), 1 << 20, [tmp_path], (encoded, prepared), workers,
                 lifeline, {**os.environ, "PYTHONPATH": path, **(environment or {})}, log, memory=1 << 30,
             ) as started:  # fmt: skip
+                await started.load(PreparationSpec(factory))
                 yield Pool(started, encoded, prepared)
         assert encoded.free_blocks == prepared.free_blocks == 8, "an extent was leaked"
         lifeline.close()

@@ -1,0 +1,32 @@
+"""Offline batch inference of vision-language models: the GPU never waits, nothing is lost, one command.
+
+import batchvl
+
+summary = batchvl.run("manifest.parquet", model="shapes")
+print(summary.ok, "answers in", summary.results)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["FakeEngine", "Summary", "__version__", "merge", "run"]
+
+if TYPE_CHECKING:
+    from .engines.fake import FakeEngine
+    from .job import run
+    from .output import merge
+    from .summary import Summary
+
+_HOMES = {"FakeEngine": "engines.fake", "Summary": "summary", "merge": "output", "run": "job"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: `batchvl --help` needs neither pyarrow nor aiohttp.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'batchvl' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

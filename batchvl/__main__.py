@@ -1,0 +1,6 @@
+"""`python -m batchvl` is the command `batchvl`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main(prog_name="batchvl")

@@ -1,0 +1,320 @@
+"""A run from its options to its summary: what is opened, in which order, and what its end means."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import os
+import re
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from . import __version__
+from .engines.protocol import EngineInfo
+from .engines.registry import PRELOADS, choose
+from .engines.spec import spec_of
+from .engines.supervisor import SupervisedEngine
+from .errors import BatchvlError, EngineLost, OptionError, StoppedEarly, TooManyFailures, UsageError
+from .images.arena import Arena
+from .images.fetch import Fetcher
+from .images.workers import ImageWorkers
+from .lifeline import Lifeline
+from .manifest import Manifest
+from .options import JOB_FILE, RunOptions, flag, gather, read_job, share
+from .output import Counts, Guard, Output, merge
+from .progress import Progress
+from .prompt import Prompter
+from .request import Row
+from .resources import MIB, cpus, memory
+from .runner import Runner
+from .signals import heard
+from .summary import Summary, summarise
+
+_ARENA_LEAST, _ARENA_MOST = 256 * MIB, 8192 * MIB
+_BLOCK = 64 * 1024
+_RATE_ROWS = 100
+"""Rows before a share of failures means anything where the manifest's length is not known."""
+
+
+def run(
+    manifest: str | os.PathLike[str] | None = None, *, config: str | None = None, quiet: bool = False, **options: Any
+) -> Summary:
+    """Answers a manifest's rows and returns the summary; what `batchvl run` does.
+
+    Options are the command's, with underscores; what is not given comes from `BATCHVL_*` variables, the TOML file
+    `config` (else `batchvl.toml` beside the manifest) and the defaults. Raises a BatchvlError where nothing could be
+    run; a run that ended early, or with failed rows, tells so by the summary's `exit_code` and `message`.
+
+    Example:
+
+        summary = batchvl.run("manifest.parquet", model="shapes")
+        print(summary.ok, "answers in", summary.results)
+    """
+    job = read_job(config) if config else {}
+    named = job.pop("manifest", None)
+    source = os.fspath(manifest) if manifest is not None else named
+    if source is None:
+        raise OptionError("no manifest: name one, or write `manifest = ...` into the job file of --config")
+    beside = Path(source).parent / JOB_FILE
+    if not config and beside.is_file():
+        job = {name: value for name, value in read_job(beside).items() if name != "manifest"}
+    return Job(source, RunOptions.of(**gather(options, os.environ, job)), quiet=quiet).run()
+
+
+class Job:
+    """One run of one shard of a manifest."""
+
+    def __init__(self, source: str, options: RunOptions, *, quiet: bool = False) -> None:
+        engine: Any = choose(options.engine.engine)
+        self.options = options = replace(options, engine=replace(options.engine, engine=engine))
+        self.source, self.quiet, self.shard = source, quiet, options.manifest.shard
+        self.folder = Path(options.output.output or _beside(source))
+        self.spec = spec_of(options)
+        for name in ("accept_failures", "max_failures"):
+            share(getattr(options.output, name) or "0", 0, flag(name))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening: asyncio.Task[Any] | None = None
+        self._runner: Runner | None = None
+        self._stopped: BatchvlError | None = None
+        self._engine: EngineInfo | None = None
+        self._engine_idle, self._engine_deaths = 0.0, 0
+        self._total: int | None = None
+
+    def run(self) -> Summary:
+        """Runs to the end or to the first reason to stop. Raises a BatchvlError where nothing could be run.
+
+        Blocks. Where this thread has a running loop already, as in a notebook, the run has a thread of its own.
+        """
+        self.manifest = Manifest.open(self.source, self.options.manifest, self.options.prompt)
+        self.manifest.check()
+        self._total = self.manifest.total
+        if not _has_loop():
+            return asyncio.run(self._run())
+        with ThreadPoolExecutor(1, "batchvl") as thread:
+            running = thread.submit(lambda: asyncio.run(self._run()))  # made there: a run that never starts is no run
+            interrupts = 0
+            while True:
+                try:
+                    return running.result()
+                except KeyboardInterrupt:  # a notebook's way to stop a cell
+                    interrupts += 1
+                    if self._loop is not None and not running.done():
+                        grace = self.options.output.grace if interrupts == 1 else 0.0
+                        self._loop.call_soon_threadsafe(self._stop, "an interrupt", grace)
+
+    async def _run(self) -> Summary:
+        self._loop = asyncio.get_running_loop()
+        manifest, new = self.manifest, not self.folder.exists()
+        guard = Guard(
+            manifest.fingerprint, self.options.meaning(), self.shard.count, manifest.schema.id_type,
+            manifest.schema.kept, self.source, manifest.total,
+        )  # fmt: skip
+        output = Output.open(self.folder, guard, self.shard, options=self.options.output, on_commit=self._commit)
+        self._before = output.counts
+        self.progress = Progress(self._expected, self._before, quiet=self.quiet)
+        with heard(self._stop, self._leave):
+            error, ended = None, False
+            try:
+                if not self._complete(output):
+                    ended = await self._answer(output)
+            except asyncio.CancelledError:
+                if self._stopped is None:
+                    raise
+                error = self._stopped
+            except BatchvlError as raised:
+                error = raised
+            finally:
+                try:
+                    await output.close(ended and self.options.manifest.limit is None, self._total)
+                except StoppedEarly as raised:
+                    error = error or raised
+                self.progress.close()
+            if isinstance(error, UsageError | EngineLost):
+                output.withdraw(logs=isinstance(error, EngineLost))
+            if isinstance(error, UsageError):
+                if new:
+                    with suppress(OSError):
+                        self.folder.rmdir()
+                raise error
+            return await self._end(error)
+
+    def _complete(self, output: Output) -> bool:
+        """Whether earlier runs left nothing to do, so that no engine is needed."""
+        limit = self.options.manifest.limit
+        if limit is not None and self.shard.count == 1 and output.done.count(range(limit)) == limit:
+            self._total = limit  # of text, whose end a limited run does not reach
+            return True
+        if output.complete:
+            self._total = output.total
+            return True
+        return False
+
+    async def _answer(self, output: Output) -> bool:
+        """Opens every stage, runs, and closes them in turn; True once the shard is at its end."""
+        options = self.options
+        lifeline, environment = Lifeline(), dict(os.environ)
+        size = options.image.arena_bytes or min(max(memory() // 8, _ARENA_LEAST), _ARENA_MOST)
+        async with AsyncExitStack() as stack:
+            stack.callback(lifeline.close)
+            stack.callback(asyncio.create_task(self.progress.tick()).cancel)
+            self._opening = asyncio.current_task()
+            encoded, prepared = (Arena(max(1, size // 2 // _BLOCK), _BLOCK) for _ in range(2))
+            stack.callback(encoded.close)
+            stack.callback(prepared.close)
+            log = output.folder / f"images-{output.attempt:04d}.log"
+            preload, arenas = PRELOADS.get(self.spec.engine), (encoded, prepared)
+            workers = await stack.enter_async_context(
+                ImageWorkers(
+                    preload, options.image, options.fetch.max_image_bytes, self._roots(), arenas,
+                    options.image.image_workers or cpus(), lifeline, environment, stack.enter_context(log.open("wb")),
+                )
+            )  # fmt: skip
+            log = output.folder / f"engine-{output.attempt:04d}.log"
+            engine = await stack.enter_async_context(
+                SupervisedEngine(self.spec, options.engine, prepared, lifeline, environment, log)
+            )
+            await workers.load(engine.preparation)
+            fetcher = await stack.enter_async_context(Fetcher(options.fetch, encoded))
+            special = engine.preparation.special_tokens if engine.preparation else ()
+            prompter = Prompter(options.prompt, options.sampling, special)
+            runner = Runner(options, prompter, fetcher, workers, engine, prepared, output, self.progress)
+            self._opening, self._runner = None, runner
+            describing = asyncio.create_task(self._describe(engine, output))
+            try:
+                await runner.answer(self._rows(output))
+            finally:
+                self._runner = None
+                describing.cancel()
+                await asyncio.gather(describing, return_exceptions=True)  # what it raised, the rows were told as well
+                self._engine_idle, self._engine_deaths = engine.idle_seconds, engine.deaths
+                self.progress.spent("engine", engine.row_seconds)
+        if runner.stopped is not None:
+            raise runner.stopped
+        return True
+
+    async def _describe(self, engine: SupervisedEngine, output: Output) -> None:
+        """Once the engine is up: what really runs goes into the output's metadata."""
+        self._engine = info = await engine.started()
+        self.progress.starting = False
+        output.describe({"batchvl": __version__, "engine": msgspec.json.encode(info).decode()})
+        where = f" on {info.backend}" if info.backend else ""
+        self.progress.say(f"{info.engine} {info.version}: {info.model}{where}, lists of {info.batch_size} rows")
+
+    async def _rows(self, output: Output) -> AsyncIterator[Row]:
+        """The shard's rows that are not done, read in a thread of their own, a chunk ahead."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "batchvl-manifest") as reading:
+            chunks = self.manifest.rows(self.shard, output.done, self.folder)
+            ahead = loop.run_in_executor(reading, next, chunks, None)
+            while (chunk := await ahead) is not None:
+                ahead = loop.run_in_executor(reading, next, chunks, None)
+                for row in chunk:
+                    yield row
+        limit = self.options.manifest.limit
+        self._total = limit if self.manifest.total is None and limit is not None else self.manifest.total
+
+    def _roots(self) -> list[Path]:
+        return [self.manifest.folder, *map(Path, self.options.fetch.image_root)]
+
+    def _expected(self) -> int | None:
+        """The shard's rows, as well as that is known."""
+        total = self._total if self._total is not None else self.manifest.estimate()
+        return None if total is None else len(self.shard.rows(total))
+
+    def _commit(self, counts: Counts) -> None:
+        self.progress.commit(counts)
+        bound = self.options.output.max_failures
+        if bound is None or self._runner is None or not counts.failures:
+            return
+        failed = self._before.failures + self.progress.committed.failures
+        done = self._before.rows + self.progress.committed.rows
+        of = len(self.shard.rows(self._total)) if self._total is not None else done
+        if failed > share(bound, of) and (self._total is not None or "%" not in bound or done >= _RATE_ROWS):
+            causes = ", ".join(f"{count} {code}" for code, count in self.progress.leading_failures())
+            text = f"stopped: {failed} of {done} rows failed, more than --max-failures {bound} ({causes})"
+            self._runner.stop(TooManyFailures(text), self.options.output.grace)
+
+    def _stop(self, name: str, grace: float | None = None) -> None:
+        """Ends the run in order, whatever it is doing."""
+        grace = self.options.output.grace if grace is None else grace
+        first = self._stopped is None
+        self._stopped = self._stopped or StoppedEarly(f"stopped by {name}: run the same command again to go on")
+        if self._runner is not None:
+            left = self._runner.stop(self._stopped, grace)
+            rows = "1 row in the engine has" if left == 1 else f"{left} rows in the engine have"
+            told = f"no new rows; {rows} {grace:g} s to finish" if left else "no new rows, and none is in the engine"
+        elif self._opening is not None:
+            self._opening.cancel()
+            self._opening = None
+            told = "stopping before the first row"
+        else:
+            told = "all there is was answered; writing it"
+        if first:
+            self.progress.say(f"{name}: {told}")
+
+    def _leave(self, name: str) -> None:
+        """Ends the process now. What was committed is safe, and the children go with it."""
+        self.progress.say(f"{name} again: leaving at once; run the same command again to go on")
+        os._exit(StoppedEarly.exit_code)
+
+    async def _end(self, error: BatchvlError | None) -> Summary:
+        """The summary: written, and with the results merged where this run is all there is."""
+        expected = len(self.shard.rows(self._total)) if self._total is not None else None
+        summary = summarise(
+            self.progress, self._before, manifest=self.source, output=self.folder, expected=expected, exit_code=0
+        )
+        summary.engine, summary.engine_deaths = self._engine, self._engine_deaths
+        summary.gpu_wait_seconds = round(self._engine_idle, 3)
+        accepted = self.options.output.accept_failures
+        if self.shard.count == 1 and error is None:
+            try:
+                report = await asyncio.to_thread(merge, self.folder, None, self._total)
+                summary.results = str(report.file)
+            except BatchvlError as raised:
+                error = raised
+        if error is not None:
+            summary.exit_code, summary.message = error.exit_code, str(error)
+        elif summary.failed > share(accepted, summary.rows):
+            summary.exit_code = 3
+            summary.message = f"more rows failed than --accept-failures {accepted}"
+        folder = self.folder
+        if self.shard.count > 1:
+            folder /= f"shard-{self.shard.index:05d}-of-{self.shard.count:05d}"
+        try:
+            summary.write(folder / "summary.json")
+        except OSError as failed:
+            self.progress.say(f"{folder / 'summary.json'}: cannot be written: {failed.strerror}")
+        return summary
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _beside(source: str) -> str:
+    """The default output folder: beside the manifest, named after it.
+
+    >>> _beside("data/m.jsonl.gz"), _beside("pictures/"), _beside("data/*/day-*.parquet")
+    ('data/m-batchvl', 'pictures-batchvl', 'data/day-batchvl')
+    """
+    path = Path(source)
+    if glob.has_magic(source) and not path.exists():
+        literal = [glob.has_magic(part) for part in path.parts].index(True)
+        words = re.sub(r"[*?\[\]]+", "_", "_".join(path.parts[literal:]))
+        path = Path(*path.parts[:literal], words)
+    elif path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
+    name = path.name
+    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".ndjson", ".csv"):
+        name = name.removesuffix(suffix)
+    return str(path.with_name(f"{name.strip('_-.') or 'manifest'}-batchvl"))

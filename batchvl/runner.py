@@ -1,0 +1,305 @@
+"""The loop that joins the stages: row in, record out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+
+import tenacity
+
+from .engines.process import EngineDied
+from .engines.supervisor import SupervisedEngine
+from .errors import BatchvlError, EngineCrashed, GaveUpWaiting, RowError
+from .images.arena import Arena
+from .images.fetch import Fetcher, source_label
+from .images.workers import ImageWorkers, RowFailed
+from .options import RunOptions
+from .output import Output, Record
+from .progress import Progress
+from .prompt import Prompter
+from .request import Failure, Image, Request, Response, Row
+
+ROWS_AT_LEAST = 256
+"""Rows between manifest and journal, even for an engine that holds few."""
+INLINE_BYTES = 256 * 2**20
+"""Picture bytes that rows in flight may carry themselves."""
+WAITING_ROWS = 4096
+"""Rows that may wait for a retry before the intake waits for them."""
+SUSPECTS = 4096
+"""Rows that an engine died over, before they are tried again rather than after all others."""
+
+
+class Runner:
+    """Answers rows; every stage is open while it lives. `stop` may be called from a signal handler."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        prompter: Prompter,
+        fetcher: Fetcher,
+        workers: ImageWorkers,
+        engine: SupervisedEngine,
+        prepared: Arena,
+        output: Output,
+        progress: Progress,
+    ) -> None:
+        self._options, self._prompter, self._fetcher, self._workers = options, prompter, fetcher, workers
+        self._engine, self._prepared, self._output, self._progress = engine, prepared, output, progress
+        self._slots = asyncio.Semaphore(ROWS_AT_LEAST)
+        self._inline = _Budget(INLINE_BYTES)
+        self._waiting = asyncio.Semaphore(WAITING_ROWS)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._active = 0
+        self._exhausted = False
+        self._gave_up = asyncio.Event()
+        self._blamed: dict[EngineDied, list[Row]] = {}
+        self._suspects: deque[list[Row]] = deque()
+        self._deaths: Counter[int] = Counter()
+        self._intake: asyncio.Task[bool] | None = None
+        self._taken_in = False
+        self.stopped: BatchvlError | None = None
+        """Why no new rows are taken, once that is so."""
+
+    async def answer(self, rows: AsyncIterator[Row]) -> None:
+        """Answers every row, then again those that the engine died over, in ever smaller groups.
+
+        Returns early once stopped. Raises a BatchvlError where the run cannot go on.
+        """
+        watch = asyncio.create_task(self._watch())
+        try:
+            while not self._exhausted and self.stopped is None:
+                self._exhausted = await self._phase(rows)
+                while self._suspects and self.stopped is None:
+                    await self._phase(_each(self._suspects.popleft()))
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)  # what it raised, the rows were told as well
+
+    def stop(self, reason: BatchvlError, grace: float) -> int:
+        """Takes no new rows; those in the engine have `grace` seconds. Returns how many those are.
+
+        Called again it can only shorten the time that is left.
+        """
+        asyncio.get_running_loop().call_later(grace, self._engine.kill, "the run is stopping")
+        if self.stopped is None:
+            self.stopped = reason
+            if self._intake is not None:
+                self._intake.cancel()
+            for number, task in self._tasks.items():
+                if not self._engine.holds(number):
+                    task.cancel()
+        return self._engine.held
+
+    async def _phase(self, rows: AsyncIterator[Row]) -> bool:
+        """Rows until they end, which is True, or there are too many suspects; all have come out on return."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._intake = tasks.create_task(self._take_in(rows, tasks))
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        for died, blamed in self._blamed.items():
+            if self.stopped is None:
+                self._halve(died, blamed)
+        self._blamed.clear()
+        return not self._intake.cancelled() and self._intake.result()
+
+    async def _take_in(self, rows: AsyncIterator[Row], tasks: asyncio.TaskGroup) -> bool:
+        suspects = sum(map(len, self._suspects))
+        async for row in rows:
+            await self._inline.take(row.inline_bytes)
+            await self._slots.acquire()
+            self._tasks[row.number] = tasks.create_task(self._row(row))
+            if suspects + sum(map(len, self._blamed.values())) > SUSPECTS:
+                return False
+        self._taken_in = True
+        return True
+
+    async def _row(self, row: Row) -> None:
+        """One row from the manifest to the journal. Called with a slot taken."""
+        started = time.monotonic()
+        attempts = 1
+        slot = True
+        try:
+            await self._output.room()
+            response, images = await self._attempt(row)
+            if _may_pass(response) and self.stopped is not None:
+                return  # the next run asks again
+            if _may_pass(response) and self._options.engine.retries:
+                self._slots.release()
+                slot = False
+                attempts, response, images = await self._again(row, response, images)
+            if self._engine.info is None:
+                await self._engine.started()  # were it refused, nothing would have been run, and nothing be written
+            record = _record(row, response, images, attempts, time.monotonic() - started)
+            self._output.add(record)
+            self._progress.answered(record)
+        except EngineDied as died:
+            self._blamed.setdefault(died, []).append(row)
+        finally:
+            if slot:
+                self._slots.release()
+            self._inline.give(row.inline_bytes)
+            del self._tasks[row.number]
+
+    async def _attempt(self, row: Row) -> tuple[Response, tuple[Image, ...]]:
+        """The way of a row, stage by stage. A failure in any of them is its response."""
+        self._active += 1
+        try:
+            if row.failure is not None:
+                return Response(row.number, failure=row.failure), _labels(row)
+            request = self._prompter.request(row)
+            if not row.images and not self._engine.prepares_text:
+                return await self._engine.answer(request), ()
+            started = time.monotonic()
+            fetched = await self._fetcher.fetch(row.images)
+            self._progress.spent("fetch", time.monotonic() - started)
+            try:
+                prepared = await self._workers.prepare(request, fetched.sources)
+            finally:
+                fetched.release()
+            self._progress.spent("prepare", prepared.seconds)
+            try:
+                return await self._engine.answer(prepared.request), prepared.images
+            finally:
+                if prepared.request.extent is not None:
+                    self._prepared.release(prepared.request.extent)
+        except RowError as error:
+            return Response(row.number, failure=Failure.of(error)), _labels(row)
+        except RowFailed as failed:
+            return Response(row.number, failure=failed.failure), failed.images
+        finally:
+            self._active -= 1
+
+    async def _again(
+        self, row: Row, response: Response, images: tuple[Image, ...]
+    ) -> tuple[int, Response, tuple[Image, ...]]:
+        """Asks a row again after a failure that may pass. While it waits it holds nothing but itself."""
+        attempts = 1
+        async with self._waiting:
+            retrying = tenacity.AsyncRetrying(
+                sleep=self._wait,
+                wait=tenacity.wait_random_exponential(multiplier=0.5, max=60),
+                stop=tenacity.stop_after_attempt(self._options.engine.retries),
+                retry=tenacity.retry_if_result(lambda answer: _may_pass(answer[0])),
+                retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+            )
+
+            async def again() -> tuple[Response, tuple[Image, ...]]:
+                nonlocal attempts
+                if self._gave_up.is_set():
+                    assert response.failure is not None
+                    text = f"given up while it waited for a retry; its failure was: {response.failure.message}"
+                    return Response(row.number, failure=Failure.of(GaveUpWaiting(text))), images
+                attempts += 1
+                async with self._slots:
+                    return await self._attempt(row)
+
+            await self._wait(0.5)
+            response, images = await retrying(again)
+        return attempts, response, images
+
+    async def _wait(self, seconds: float) -> None:
+        """A row's pause before a retry, which ends early when no more retries are wanted."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._gave_up.wait()
+        except TimeoutError:
+            pass
+
+    def _halve(self, died: EngineDied, blamed: list[Row]) -> None:
+        """The rows that one death is blamed on: two groups, one row again, or the culprit."""
+        self._deaths.update(row.number for row in blamed)
+        if len(blamed) > 1:
+            middle = len(blamed) // 2
+            self._suspects += (blamed[:middle], blamed[middle:])
+            self._engine.halved()
+        elif self._deaths[blamed[0].number] < 2 or died.answered:
+            self._suspects.appendleft(blamed)  # alone in a new process: if that dies too, nothing else can have done it
+        else:
+            [row] = blamed
+            failure = Failure.of(EngineCrashed(f"twice, the last time over this row alone: {died}"))
+            response = Response(row.number, failure=failure)
+            record = _record(row, response, _labels(row), self._deaths[row.number], 0.0)
+            self._output.add(record)
+            self._progress.answered(record)
+            self._engine.halved()
+
+    async def _watch(self) -> None:
+        """Widens the intake to what the engine holds, and lets go of stragglers that keep it waiting."""
+        info = await self._engine.started()
+        room = 2 * info.lists_open * info.batch_size + self._options.fetch.fetch_concurrency
+        for _ in range(room - ROWS_AT_LEAST):
+            self._slots.release()
+        while True:
+            await asyncio.sleep(1)
+            idle = self._engine.idle_since
+            if self._taken_in and not self._active and idle is not None:
+                longest = self._options.engine.max_idle_gpu
+                if time.monotonic() - idle > longest:
+                    self._gave_up.set()
+
+
+class _Budget:
+    """An amount of bytes that may be out at once; an amount larger than all of it may go alone."""
+
+    def __init__(self, size: int) -> None:
+        self._left = self._size = size
+        self._changed = asyncio.Event()
+
+    async def take(self, amount: int) -> None:
+        while self._left < min(amount, self._size):
+            self._changed.clear()
+            await self._changed.wait()
+        self._left -= min(amount, self._size)
+
+    def give(self, amount: int) -> None:
+        self._left += min(amount, self._size)
+        self._changed.set()
+
+
+async def _each(rows: Iterable[Row]) -> AsyncIterator[Row]:
+    for row in rows:
+        yield row
+
+
+def _may_pass(response: Response) -> bool:
+    """Whether asking the engine again may help. Fetching has its own retries, at the place where they can wait."""
+    return response.failure is not None and response.failure.retryable and response.failure.stage == "engine"
+
+
+def _labels(row: Row) -> tuple[Image, ...]:
+    return tuple(Image(source_label(image)) for image in row.images)
+
+
+def _record(row: Row, response: Response, images: Sequence[Image], attempts: int, seconds: float) -> Record:
+    return Record(
+        row=row.number,
+        id=row.id,
+        status="ok" if response.failure is None else "failed",
+        response=response.texts[-1] if response.texts and response.failure is None else None,
+        responses=list(response.texts) if len(response.texts) > 1 else None,
+        finish_reason=response.finish_reason,
+        input_tokens=response.input_tokens,
+        output_tokens=response.output_tokens,
+        images=list(images),
+        error=response.failure,
+        attempts=attempts,
+        seconds=seconds,
+        kept=row.kept,
+    )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that a group of tasks ended with: ours, if there is one."""
+    leaves = list(_leaves(group))
+    return next((error for error in leaves if isinstance(error, BatchvlError)), leaves[0])
+
+
+def _leaves(error: BaseException) -> Iterable[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,204 @@
+"""Signals: the run ends in order, with exit code 75, leaves no process behind and can go on."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+import batchvl
+from batchvl.signals import heard
+
+from .running import PATIENCE, children, command, environment, questions, responses, run
+
+UP = "lists of"  # in the line that says that the engine is up
+
+
+class Running:
+    """A run as a process of its own; an end that does not come ends the test."""
+
+    def __init__(self, arguments, **settings):
+        self.process = subprocess.Popen(
+            arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, bufsize=1, env=environment(),
+            **settings,
+        )  # fmt: skip
+        self.said = ""
+
+    def wait_for(self, words):
+        assert self.process.stderr is not None
+        while words not in self.said:
+            line = self.process.stderr.readline()
+            assert line, f"{words!r} was never said:\n{self.said}"
+            self.said += line
+
+    def send(self, number):
+        self.process.send_signal(number)
+
+    def end(self):
+        """The exit code, once the process and all its children are gone."""
+        family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        self.said += self.process.communicate(timeout=PATIENCE)[1]
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE)
+        assert not alive
+        assert "Traceback" not in self.said, self.said
+        assert "never retrieved" not in self.said, self.said
+        return self.process.returncode
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_what_is_in_the_engine_is_finished_and_the_rest_left(name, tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 1000)
+    running = Running(command(manifest, "--batch-size", "4", fake={"delay": 0.4, "lists_open": 2}))
+    running.wait_for(UP)
+    running.send(signal.Signals[name])
+    assert running.end() == 75, running.said
+    assert f"{name}: no new rows" in running.said
+    assert f"stopped by {name}: run the same command again to go on" in running.said
+    rest = run(manifest)
+    assert rest.resumed in (0, 4, 8), "none, or what was in the engine: lists of 4, two at once"
+    assert (rest.rows, rest.exit_code) == (1000, 0)
+    assert responses(rest) == [f"q {n}" for n in range(1000)]
+
+
+def test_the_grace_ends_and_rows_in_the_engine_are_left(tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 20)
+    running = Running(command(manifest, "--grace", "0.2s", "--batch-size", "4", fake={"slow_every": 2}))
+    running.wait_for(UP)
+    wait_for_answers(tmp_path / "m-batchvl")
+    started = time.monotonic()
+    running.send(signal.SIGTERM)
+    assert running.end() == 75, running.said
+    assert time.monotonic() - started < 30, "a row takes a minute"
+    assert "rows in the engine have 0.2 s to finish" in running.said
+    assert "the engine died" not in running.said, "ended by us is no death"
+    rest = run(manifest)
+    assert 0 < rest.resumed <= 10
+    assert (rest.rows, rest.exit_code) == (20, 0)
+
+
+def wait_for_answers(out):
+    end = time.monotonic() + PATIENCE
+    while not any(path.stat().st_size for path in out.glob("shard-*/journal-*")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_same_signal_again_leaves_at_once(tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 20)
+    running = Running(command(manifest, "--batch-size", "4", fake={"slow_every": 2}))
+    running.wait_for(UP)
+    wait_for_answers(tmp_path / "m-batchvl")
+    running.send(signal.SIGTERM)
+    running.wait_for("SIGTERM: no new rows")
+    running.send(signal.SIGTERM)  # too soon to mean more than the first
+    time.sleep(2.1)  # the time that the contract names
+    assert running.process.poll() is None
+    running.send(signal.SIGTERM)
+    assert running.end() == 75
+    assert "SIGTERM again: leaving at once" in running.said
+    assert "rows done" not in running.said
+    assert run(manifest).rows == 20
+
+
+@pytest.mark.parametrize("behaviour", [{"start_delay": 600}, {"delay": 600}])
+def test_a_stop_while_the_engine_starts_does_not_wait_for_it(behaviour, tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 10)
+    running = Running(command(manifest, "--grace", "0", fake=behaviour))
+    if "delay" in behaviour:
+        running.wait_for(UP)
+    else:
+        end = time.monotonic() + PATIENCE
+        while not list((tmp_path / "m-batchvl").glob("shard-*/images-*.log")):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    running.send(signal.SIGTERM)
+    assert running.end() == 75, running.said
+    assert (tmp_path / "m-batchvl/summary.json").is_file()
+    assert run(manifest).rows == 10
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.05, 0.15])
+def test_a_stop_at_any_moment_of_the_start(wait, tmp_path):
+    """From the first sign of the engine in its folder on, a signal ends the run in order."""
+    manifest, out = questions(tmp_path / "m.jsonl", 20), tmp_path / "m-batchvl"
+    running = Running([*command(manifest, fake={"delay": 600}), "--grace", "0"])
+    end = time.monotonic() + PATIENCE
+    while not list(out.glob("shard-*/engine-*")):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    time.sleep(wait)
+    running.send(signal.SIGTERM)
+    assert running.end() == 75, running.said
+
+
+def test_rows_that_wait_for_a_retry_are_left_to_the_next_run(tmp_path, monkeypatch):
+    async def wait(self, seconds):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("batchvl.runner.Runner._wait", wait)
+    manifest = questions(tmp_path / "m.jsonl", 40)
+    summary = run(manifest, {"flaky_every": 4})
+    assert summary.exit_code == 75
+    assert summary.failed == 0
+    assert summary.rows <= 30
+    monkeypatch.undo()
+    rest = run(manifest)
+    assert (rest.rows, rest.ok, rest.resumed) == (40, 40, summary.rows)
+
+
+def test_ignored_signals_stay_ignored(tmp_path):
+    """`nohup batchvl run …` goes on when the terminal closes."""
+    manifest = questions(tmp_path / "m.jsonl", 40)
+    running = Running(["nohup", *command(manifest, fake={"delay": 0.5})], stdin=subprocess.DEVNULL)
+    running.wait_for(UP)
+    running.send(signal.SIGHUP)
+    assert running.end() == 0, running.said
+
+
+def test_a_reader_that_went_away_does_not_end_the_run(tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 300)
+    running = Running(command(manifest, "--batch-size", "8", fake={"delay": 0.05, "lists_open": 1}))
+    running.wait_for(UP)
+    assert running.process.stderr is not None
+    running.process.stderr.close()  # as `2>&1 | head -1` does
+    assert running.process.wait(PATIENCE) == 0
+    assert run(manifest).resumed == 300
+
+
+async def test_handlers_of_others_are_back_afterwards():
+    def theirs(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, theirs)
+    heard_names = []
+    try:
+        with heard(heard_names.append, heard_names.append):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not heard_names:
+                await asyncio.sleep(0.01)
+        assert heard_names == ["SIGTERM"]
+        assert signal.getsignal(signal.SIGTERM) is theirs
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_stop_in_process_leaves_nobody_behind(name, tmp_path, monkeypatch):
+    tell = batchvl.job.Job._commit
+
+    def commit(self, counts):
+        tell(self, counts)
+        os.kill(os.getpid(), signal.Signals[name])
+
+    before = signal.getsignal(signal.Signals[name])
+    monkeypatch.setattr("batchvl.job.Job._commit", commit)
+    summary = run(questions(tmp_path / "m.jsonl", 5000), {"delay": 0.02})
+    assert summary.exit_code == 75
+    assert 0 < summary.rows < 5000
+    assert name in summary.message
+    assert not children()
+    assert signal.getsignal(signal.Signals[name]) is before
