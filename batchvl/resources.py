@@ -13,17 +13,17 @@ _UNLIMITED = 2**60
 
 
 def cpus(environment: Mapping[str, str] = os.environ, cgroup: Path = _CGROUP) -> int:
-    """CPUs that this process may use: the least of its affinity, its cgroup's quota and SLURM_CPUS_PER_TASK."""
+    """CPUs that this process may use: the least of its affinity, its cgroups' quotas and SLURM_CPUS_PER_TASK."""
     bounds = [len(os.sched_getaffinity(0))]
     slurm = environment.get("SLURM_CPUS_PER_TASK", "")
     if slurm.isdigit():
         bounds.append(int(slurm))
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        if quota != "max":
+    for folder in _groups(cgroup):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
             bounds.append(math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
+        except (OSError, ValueError):
+            continue  # "max", or the other version of cgroups
     return max(1, min(bounds))
 
 
@@ -47,11 +47,11 @@ def memory(environment: Mapping[str, str] = os.environ, cgroup: Path = _CGROUP) 
     return min(bounds)
 
 
-def _groups(cgroup: Path) -> list[Path]:
+def _groups(cgroup: Path, own: Path = Path("/proc/self/cgroup")) -> list[Path]:
     """The process's own cgroup (version 2) and those above it, then the root."""
     try:
-        own = next(line[4:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/"))
+        name = next(line[4:] for line in own.read_text().splitlines() if line.startswith("0::/"))
     except (OSError, StopIteration):
         return [cgroup]
-    path = cgroup / own
+    path = cgroup / name
     return [path, *(parent for parent in path.parents if parent.is_relative_to(cgroup))]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 import tenacity
 
+from .budget import Budget
 from .engines.process import EngineDied
 from .engines.supervisor import SupervisedEngine
 from .errors import BatchvlError, EngineCrashed, GaveUpWaiting, RowError
@@ -19,7 +19,8 @@ from .options import RunOptions
 from .output import Output, Record
 from .progress import Progress
 from .prompt import Prompter
-from .request import Failure, Image, Request, Response, Row
+from .request import Failure, Image, Response, Row
+from .suspects import Culprit, Suspects
 
 ROWS_AT_LEAST = 256
 """Rows between manifest and journal, even for an engine that holds few."""
@@ -27,8 +28,6 @@ INLINE_BYTES = 256 * 2**20
 """Picture bytes that rows in flight may carry themselves."""
 WAITING_ROWS = 4096
 """Rows that may wait for a retry before the intake waits for them."""
-SUSPECTS = 4096
-"""Rows that an engine died over, before they are tried again rather than after all others."""
 
 
 class Runner:
@@ -48,15 +47,13 @@ class Runner:
         self._options, self._prompter, self._fetcher, self._workers = options, prompter, fetcher, workers
         self._engine, self._prepared, self._output, self._progress = engine, prepared, output, progress
         self._slots = asyncio.Semaphore(ROWS_AT_LEAST)
-        self._inline = _Budget(INLINE_BYTES)
+        self._inline = Budget(INLINE_BYTES)
         self._waiting = asyncio.Semaphore(WAITING_ROWS)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._active = 0
         self._exhausted = False
         self._gave_up = asyncio.Event()
-        self._blamed: dict[EngineDied, list[Row]] = {}
-        self._suspects: deque[list[Row]] = deque()
-        self._deaths: Counter[int] = Counter()
+        self._suspects = Suspects()
         self._intake: asyncio.Task[bool] | None = None
         self._taken_in = False
         self.stopped: BatchvlError | None = None
@@ -71,8 +68,8 @@ class Runner:
         try:
             while not self._exhausted and self.stopped is None:
                 self._exhausted = await self._phase(rows)
-                while self._suspects and self.stopped is None:
-                    await self._phase(_each(self._suspects.popleft()))
+                while group := self._suspects.next_group():
+                    await self._phase(_each(group))
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)  # what it raised, the rows were told as well
@@ -99,19 +96,21 @@ class Runner:
                 self._intake = tasks.create_task(self._take_in(rows, tasks))
         except BaseExceptionGroup as group:
             raise _first(group) from None
-        for died, blamed in self._blamed.items():
-            if self.stopped is None:
-                self._halve(died, blamed)
-        self._blamed.clear()
+        if self.stopped is not None:
+            self._suspects = Suspects()  # the next run tries them again
+        culprits, progress = self._suspects.sift()
+        for culprit in culprits:
+            self._condemn(culprit)
+        if progress:
+            self._engine.halved()
         return not self._intake.cancelled() and self._intake.result()
 
     async def _take_in(self, rows: AsyncIterator[Row], tasks: asyncio.TaskGroup) -> bool:
-        suspects = sum(map(len, self._suspects))
         async for row in rows:
             await self._inline.take(row.inline_bytes)
             await self._slots.acquire()
             self._tasks[row.number] = tasks.create_task(self._row(row))
-            if suspects + sum(map(len, self._blamed.values())) > SUSPECTS:
+            if self._suspects.full:
                 return False
         self._taken_in = True
         return True
@@ -127,16 +126,15 @@ class Runner:
             if _may_pass(response) and self.stopped is not None:
                 return  # the next run asks again
             if _may_pass(response) and self._options.engine.retries:
-                self._slots.release()
-                slot = False
-                attempts, response, images = await self._again(row, response, images)
+                async with self._waiting:
+                    self._slots.release()
+                    slot = False
+                    attempts, response, images = await self._again(row, response, images)
             if self._engine.info is None:
                 await self._engine.started()  # were it refused, nothing would have been run, and nothing be written
-            record = _record(row, response, images, attempts, time.monotonic() - started)
-            self._output.add(record)
-            self._progress.answered(record)
+            self._finish(_record(row, response, images, attempts, time.monotonic() - started))
         except EngineDied as died:
-            self._blamed.setdefault(died, []).append(row)
+            self._suspects.blame(row, died)
         finally:
             if slot:
                 self._slots.release()
@@ -177,27 +175,26 @@ class Runner:
     ) -> tuple[int, Response, tuple[Image, ...]]:
         """Asks a row again after a failure that may pass. While it waits it holds nothing but itself."""
         attempts = 1
-        async with self._waiting:
-            retrying = tenacity.AsyncRetrying(
-                sleep=self._wait,
-                wait=tenacity.wait_random_exponential(multiplier=0.5, max=60),
-                stop=tenacity.stop_after_attempt(self._options.engine.retries),
-                retry=tenacity.retry_if_result(lambda answer: _may_pass(answer[0])),
-                retry_error_callback=lambda state: state.outcome and state.outcome.result(),
-            )
+        retrying = tenacity.AsyncRetrying(
+            sleep=self._wait,
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=60),
+            stop=tenacity.stop_after_attempt(self._options.engine.retries),
+            retry=tenacity.retry_if_result(lambda answer: _may_pass(answer[0])),
+            retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+        )
 
-            async def again() -> tuple[Response, tuple[Image, ...]]:
-                nonlocal attempts
-                if self._gave_up.is_set():
-                    assert response.failure is not None
-                    text = f"given up while it waited for a retry; its failure was: {response.failure.message}"
-                    return Response(row.number, failure=Failure.of(GaveUpWaiting(text))), images
-                attempts += 1
-                async with self._slots:
-                    return await self._attempt(row)
+        async def again() -> tuple[Response, tuple[Image, ...]]:
+            nonlocal attempts
+            if self._gave_up.is_set():
+                assert response.failure is not None
+                text = f"given up while it waited for a retry; its failure was: {response.failure.message}"
+                return Response(row.number, failure=Failure.of(GaveUpWaiting(text))), images
+            attempts += 1
+            async with self._slots:
+                return await self._attempt(row)
 
-            await self._wait(0.5)
-            response, images = await retrying(again)
+        await self._wait(0.5)
+        response, images = await retrying(again)
         return attempts, response, images
 
     async def _wait(self, seconds: float) -> None:
@@ -208,23 +205,14 @@ class Runner:
         except TimeoutError:
             pass
 
-    def _halve(self, died: EngineDied, blamed: list[Row]) -> None:
-        """The rows that one death is blamed on: two groups, one row again, or the culprit."""
-        self._deaths.update(row.number for row in blamed)
-        if len(blamed) > 1:
-            middle = len(blamed) // 2
-            self._suspects += (blamed[:middle], blamed[middle:])
-            self._engine.halved()
-        elif self._deaths[blamed[0].number] < 2 or died.answered:
-            self._suspects.appendleft(blamed)  # alone in a new process: if that dies too, nothing else can have done it
-        else:
-            [row] = blamed
-            failure = Failure.of(EngineCrashed(f"twice, the last time over this row alone: {died}"))
-            response = Response(row.number, failure=failure)
-            record = _record(row, response, _labels(row), self._deaths[row.number], 0.0)
-            self._output.add(record)
-            self._progress.answered(record)
-            self._engine.halved()
+    def _condemn(self, culprit: Culprit) -> None:
+        row, died, deaths = culprit
+        failure = Failure.of(EngineCrashed(f"twice, the last time over this row alone: {died}"))
+        self._finish(_record(row, Response(row.number, failure=failure), _labels(row), deaths, 0.0))
+
+    def _finish(self, record: Record) -> None:
+        self._output.add(record)
+        self._progress.answered(record)
 
     async def _watch(self) -> None:
         """Widens the intake to what the engine holds, and lets go of stragglers that keep it waiting."""
@@ -239,24 +227,6 @@ class Runner:
                 longest = self._options.engine.max_idle_gpu
                 if time.monotonic() - idle > longest:
                     self._gave_up.set()
-
-
-class _Budget:
-    """An amount of bytes that may be out at once; an amount larger than all of it may go alone."""
-
-    def __init__(self, size: int) -> None:
-        self._left = self._size = size
-        self._changed = asyncio.Event()
-
-    async def take(self, amount: int) -> None:
-        while self._left < min(amount, self._size):
-            self._changed.clear()
-            await self._changed.wait()
-        self._left -= min(amount, self._size)
-
-    def give(self, amount: int) -> None:
-        self._left += min(amount, self._size)
-        self._changed.set()
 
 
 async def _each(rows: Iterable[Row]) -> AsyncIterator[Row]:

@@ -73,7 +73,8 @@ def test_no_row_ever_sees_anothers_picture(tmp_path):
         try:
             summary = batchvl.run(
                 str(tmp_path / "m.parquet"), engine="fake", quiet=True, arena_bytes=EIGHT_BLOCKS, batch_size=3,
-                engine_option=("delay=0.002", "spread=0.02", "slow_every=97"), row_timeout=0.5, image_workers=2, retries=0,
+                engine_option=("delay=0.002", "spread=0.02", "slow_every=97"), row_timeout=0.5, image_workers=2,
+                retries=0,
             )  # fmt: skip
         finally:
             done.set()

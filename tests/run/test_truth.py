@@ -37,7 +37,7 @@ def serving(pictures: dict[str, bytes]):
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        address.append("http://127.0.0.1:%d" % runner.addresses[0][1])
+        address.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
         ready.set()
         await stop.wait()
         await runner.cleanup()
