@@ -16,7 +16,7 @@ from ...request import Message, Part, Request, Sampling
 from ..protocol import EngineInfo, EngineSpec
 from .checkpoint import configuration, context_length, find
 from .conversation import Conversation, Vocabulary
-from .device import DTYPES, choose_device, choose_dtype, default_threads, describe
+from .device import DTYPES, choose_device, choose_dtype, default_threads, describe, wait_for_memory
 from .generation import Generation
 from .preparation import ProcessorPreparation
 from .processor import template_sha256
@@ -89,6 +89,7 @@ class Resolved:
         return Loaded(info, generation, words)
 
     def _weights(self, attention: str | None) -> Any:
+        wait_for_memory(self._device, self._checkpoint.weight_bytes)
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 self._checkpoint.path,
