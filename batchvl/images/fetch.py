@@ -17,10 +17,10 @@ from ..request import Extent, FileImage, ImageRef, InlineImage, WebImage
 from .arena import Arena
 from .clock import Clock, stopped_in_queue
 from .guard import NetworkGuard
+from .messages import Source
 from .room import Room
 from .source import source_label
 from .web import MAX_REDIRECTS, Passing, check_scheme, check_status, failure
-from .workers import Source
 
 __all__ = ["Fetched", "Fetcher", "source_label"]
 

@@ -32,8 +32,8 @@ from ..wire import Wire
 from .arena import ArenaView
 from .decode import decode, strict
 from .files import open_beneath
+from .messages import Died, Done, Failed, Fork, Grant, Job, Need, Ready, Setup, Source, ToHost, ToWorker
 from .preparation import Array, Preparation, PreparationSpec
-from .workers import Died, Done, Failed, Fork, Grant, Job, Need, Ready, RowFailed, Setup, Source, ToHost, ToWorker
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -142,33 +142,36 @@ def _work(
         except EOFError:
             return
         assert isinstance(job, Job)
-        start = time.monotonic()
-        images = [Image(source.label) for source in job.sources]
-        try:
-            arrays = _prepare(job, images, setup, preparation, arenas[0])
-            tensors, size = _layout(arrays)
-            spent = time.monotonic() - start
-            room = job.room
-            if size and (room is None or room.length < size):
-                wire.send(Need(size))
-                grant = wire.receive()
-                assert isinstance(grant, Grant)
-                room = grant.extent
-            start = time.monotonic()
-            if room is not None and size:
-                _write(arrays, tensors, arenas[1].at(room))
-            spent += time.monotonic() - start
-            wire.send(Done(tuple(images), tensors, size, spent))
-        except RowFailed as error:
-            wire.send(Failed(error.failure, tuple(images)))
-        finally:
-            arrays = {}
+        wire.send(_answer(job, wire, setup, preparation, arenas))
+
+
+def _answer(
+    job: Job, wire: Wire[ToWorker], setup: Setup, preparation: Preparation | None, arenas: tuple[ArenaView, ArenaView]
+) -> Done | Failed:
+    """One row: its tensors are in the arena where this returns Done."""
+    start = time.monotonic()
+    images = [Image(source.label) for source in job.sources]
+    arrays = _prepare(job, images, setup, preparation, arenas[0])
+    if isinstance(arrays, Failure):
+        return Failed(arrays, tuple(images))
+    tensors, size = _layout(arrays)
+    spent = time.monotonic() - start
+    room = job.room
+    if size and (room is None or room.length < size):
+        wire.send(Need(size))
+        grant = wire.receive()
+        assert isinstance(grant, Grant)
+        room = grant.extent
+    start = time.monotonic()
+    if room is not None and size:
+        _write(arrays, tensors, arenas[1].at(room))
+    return Done(tuple(images), tensors, size, spent + time.monotonic() - start)
 
 
 def _prepare(
     job: Job, images: list[Image], setup: Setup, preparation: Preparation | None, encoded: ArenaView
-) -> Mapping[str, Array]:
-    """The row's arrays; `images` is filled in as its pictures are read. Raises RowFailed, nothing else."""
+) -> Mapping[str, Array] | Failure:
+    """The row's arrays, or why there are none; `images` is filled in as its pictures are read."""
     pictures: list[PIL.Image.Image] = []
     try:
         if len(job.sources) > setup.limits.max_images:
@@ -180,12 +183,12 @@ def _prepare(
             pictures.append(picture)
         return preparation.prepare(job.request, pictures) if preparation is not None else {}
     except RowError as error:
-        raise RowFailed(Failure.of(error)) from None
+        return Failure.of(error)
     except MemoryError:
-        raise RowFailed(Failure.of(PrepareFailed("the pictures need more memory than a worker has"))) from None
+        return Failure.of(PrepareFailed("the pictures need more memory than a worker has"))
     except Exception as error:
         traceback.print_exc()
-        raise RowFailed(Failure.of(PrepareFailed(f"{type(error).__name__}: {error}"))) from None
+        return Failure.of(PrepareFailed(f"{type(error).__name__}: {error}"))
 
 
 def _bytes(source: Source, setup: Setup, encoded: ArenaView) -> bytes | memoryview:

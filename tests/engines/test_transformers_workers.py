@@ -12,7 +12,8 @@ import pytest
 from batchvl.engines.protocol import EngineSpec
 from batchvl.engines.transformers import TransformersEngine
 from batchvl.images.arena import Arena
-from batchvl.images.workers import ImageWorkers, Source
+from batchvl.images.messages import Source
+from batchvl.images.workers import ImageWorkers
 from batchvl.lifeline import Lifeline
 from batchvl.options import ImageOptions
 from tests.engines.in_process import ask, line, picture, request
@@ -42,9 +43,10 @@ async def test_workers_prepare_what_the_engine_reads(tmp_path, log, name):
     preparation = await engine.resolve()
     path = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
     async with ImageWorkers(
-        preparation, ImageOptions(), 1 << 20, [tmp_path], (encoded, prepared), 2,
+        None, ImageOptions(), 1 << 20, [tmp_path], (encoded, prepared), 2,
         lifeline, {**os.environ, "PYTHONPATH": path}, log,
     ) as workers:  # fmt: skip
+        await workers.load(preparation)
         sources = []
         for drawn in pictures:
             data = io.BytesIO()

@@ -13,8 +13,9 @@ from PIL import Image
 
 from batchvl.errors import EngineUnavailable
 from batchvl.images.arena import Arena
+from batchvl.images.messages import Source
 from batchvl.images.preparation import PreparationSpec
-from batchvl.images.workers import ImageWorkers, RowFailed, Source
+from batchvl.images.workers import ImageWorkers, RowFailed
 from batchvl.lifeline import Lifeline
 from batchvl.options import ImageOptions
 from batchvl.request import FileImage, Message, Part, Request
