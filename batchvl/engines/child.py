@@ -42,16 +42,18 @@ async def serve(sock: socket.socket) -> int:
         await inbox.get()  # the runner closes once it has read that
         return 2
     async with asyncio.TaskGroup() as lists:
-        telling = lists.create_task(_tell_progress(engine, channel))
+        tasks = {lists.create_task(_tell_progress(engine, channel))}
         while True:
             match await inbox.get():
                 case Infer(requests):
-                    lists.create_task(_answer(engine, requests, channel))
+                    tasks.add(answering := lists.create_task(_answer(engine, requests, channel)))
+                    answering.add_done_callback(tasks.discard)
                 case Abort(row):
                     await engine.abort(row)
                 case Close() | None:
                     break
-        telling.cancel()
+        for task in tasks:
+            task.cancel()  # nobody waits for what is still open
     await engine.close()
     return 0
 

@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,39 @@ def seen(path: Path) -> str:
         return hashlib.sha256(image.convert("RGB").resize((SIDE, SIDE)).tobytes()).hexdigest()[:12]
 
 
+def family(pid: int | None = None) -> list[psutil.Process]:
+    """A process's children and theirs; none where the process is gone."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still live: one that ended is not, though nobody may have reaped it yet."""
+    found = []
+    for process in processes:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
 def children() -> list[psutil.Process]:
     """This process's children that live, and theirs."""
-    return [p for p in psutil.Process().children(recursive=True) if p.is_running() and p.status() != "zombie"]
+    return alive(family())
+
+
+def wait_until(what: Callable[[], object]) -> None:
+    """Polls for something that another process does."""
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def journalled(out: Path) -> int:
+    """Bytes in the journals of an output folder."""
+    return sum(path.stat().st_size for path in out.glob("shard-*/journal-*"))

@@ -84,28 +84,28 @@ def test_flaky_rows_are_asked_again_and_say_so(tmp_path):
 
 
 def test_max_failures_stops_and_the_run_can_go_on(tmp_path):
-    manifest = questions(tmp_path / "m.jsonl", 3000)
+    manifest = questions(tmp_path / "m.jsonl", 1500)
     behaviour = {"fail_every": 2, "delay": 0.1}
     summary = run(manifest, behaviour, max_failures="20")
     assert summary.exit_code == 4
-    assert 20 < summary.failed < 1500
-    assert summary.rows < 3000
+    assert 20 < summary.failed < 750
+    assert summary.rows < 1500
     assert "more than --max-failures 20" in summary.message
     assert "engine_error" in summary.message
     assert summary.results is None
     rest = run(manifest, behaviour, accept_failures="50%")
-    assert (rest.exit_code, rest.rows, rest.resumed, rest.failed) == (0, 3000, summary.rows, 1500)
-    wanted = [f"q {n}" if n % 2 else None for n in range(3000)]
+    assert (rest.exit_code, rest.rows, rest.resumed, rest.failed) == (0, 1500, summary.rows, 750)
+    wanted = [f"q {n}" if n % 2 else None for n in range(1500)]
     assert responses(rest) == wanted
 
 
 def test_a_share_of_failures(tmp_path):
-    manifest = questions(tmp_path / "m.parquet", 2000)
+    manifest = questions(tmp_path / "m.parquet", 1000)
     behaviour = {"fail_every": 10, "delay": 0.1}
     assert run(manifest, behaviour, max_failures="11%").exit_code == 3, "a tenth fails"
     stopped = run(manifest, behaviour, max_failures="1%", output=tmp_path / "out")
     assert stopped.exit_code == 4
-    assert stopped.rows < 2000
+    assert stopped.rows < 1000
 
 
 def test_the_command_s_exit_code_and_summary(bad, tmp_path):

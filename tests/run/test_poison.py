@@ -13,7 +13,7 @@ def check(summary, rows, *poison):
     assert not children()
 
 
-@pytest.mark.parametrize(("poison", "size"), [([17], 1), ([17], 32), ([0], 32), ([299], 32), ([40, 41], 8)])
+@pytest.mark.parametrize(("poison", "size"), [([17], 1), ([0], 32), ([40, 299], 8)])
 def test_poison_rows(poison, size, tmp_path):
     rows = 300
     summary = run(questions(tmp_path / "m.jsonl", rows), {"die_on": poison}, batch_size=size)
@@ -29,7 +29,7 @@ def test_poison_in_a_manifest_that_fits_the_engine_at_once(tmp_path):
     check(run(questions(tmp_path / "n.jsonl", 10), {"die_on": [9]}, batch_size=32), 10, 9)
 
 
-@pytest.mark.parametrize("after", [7, 60])
+@pytest.mark.parametrize("after", [13, 60])
 def test_an_engine_that_dies_every_so_often_convicts_nobody(after, tmp_path):
     behaviour = {"die_after": after, "delay": 0.001, "spread": 0.03}
     summary = run(questions(tmp_path / "m.jsonl", 120), behaviour, batch_size=8)

@@ -60,7 +60,7 @@ def test_a_line_every_so_often_without_a_terminal(tmp_path, monkeypatch, capfd):
     assert len(counts) > 2
     assert counts == sorted(counts)
     assert 60 <= counts[0] < 300
-    assert {match[2] for match in done if match} <= {"300"} | {match[2] for match in done[:8] if match}
+    assert [match[2] for match in done if match][-1] == "300", "the manifest's end was read by then"
     assert summary.rows == 300
     assert not any("\r" in line or "%|" in line for line in lines), "no bar in a log"
 
@@ -92,15 +92,8 @@ def test_the_summary_is_the_same_everywhere(shard, tmp_path):
     assert summary.output_tokens == 2 * summary.ok
     assert summary.seconds > 0
     text = str(summary)
-    for words in (
-        f"{rows} rows done",
-        "engine_error",
-        "engine_crashed",
-        "the engine died",
-        "rows/s",
-        str(folder.parent),
-    ):
-        assert words in text or words == str(folder.parent)
+    for words in (f"{rows} rows done", "engine_error", "engine_crashed", "the engine died", "rows/s", summary.output):
+        assert words in text
 
 
 def test_counts_of_a_run_that_went_on(tmp_path):

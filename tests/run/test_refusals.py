@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from batchvl.errors import EngineUnavailable, ManifestError, ModelError, OptionError, ResumeError, UsageError
+from batchvl.errors import ManifestError, OptionError, ResumeError
 
 from ..manifest.writing import write, write_bytes
 from .running import children, command, questions, run, shell
@@ -116,10 +116,6 @@ def test_another_run_s_folder_is_not_touched(tmp_path):
     with pytest.raises(ResumeError, match="manifest's contents"):
         run(manifest)
     assert there == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-
-
-def test_the_errors_are_usage_errors():
-    assert all(issubclass(e, UsageError) for e in (EngineUnavailable, ManifestError, ModelError, OptionError))
 
 
 def test_the_command_says_it_in_a_line_and_exits_2(tmp_path):

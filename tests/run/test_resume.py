@@ -7,28 +7,28 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 import batchvl
 from batchvl.errors import ResumeError
 
-from .running import PATIENCE, answers, command, environment, questions, responses, run, shell
+from .running import (
+    PATIENCE,
+    alive,
+    answers,
+    command,
+    environment,
+    family,
+    journalled,
+    questions,
+    responses,
+    run,
+    shell,
+    wait_until,
+)  # fmt: skip
 
 ROWS = 4000
-
-
-def wait_until(what, *arguments):
-    """Polls for something that another process does."""
-    end = time.monotonic() + PATIENCE
-    while not what(*arguments):
-        assert time.monotonic() < end, what
-        time.sleep(0.005)
-
-
-def journalled(out: Path) -> int:
-    return sum(path.stat().st_size for path in out.glob("shard-*/journal-*"))
 
 
 def durable(out: Path, file: Path) -> dict[int, dict]:
@@ -50,11 +50,10 @@ def test_kill_9_loses_nothing_and_changes_nothing(tmp_path):
         had = journalled(out)
         wait_until(lambda p=process, had=had: journalled(out) > had or p.poll() is not None)
         time.sleep(draw.random() * 0.3)  # at a random moment
-        family = psutil.Process(process.pid).children(recursive=True)
+        others = family(process.pid)
         process.kill()
         assert process.wait(PATIENCE) == -signal.SIGKILL, (tmp_path / "log").read_text()
-        _, alive = psutil.wait_procs(family, timeout=PATIENCE)
-        assert not alive, "nobody outlives the runner"
+        wait_until(lambda others=others: not alive(others))  # nobody outlives the runner
         now = durable(out, tmp_path / f"{attempt}.parquet")
         assert before.items() <= now.items(), "what was committed is unchanged"
         assert len(now) > len(before)
