@@ -55,7 +55,11 @@ class EngineProcess:
             self._log, self._log_start = log, file.tell()
             fds = [theirs.fileno(), lifeline.fd, arena.fd]
             arguments = [str(theirs.fileno()), str(lifeline.fd), str(os.getpid())]
-            self._process = spawn("batchvl.engines.child", arguments, fds, environment, file)
+            try:
+                self._process = spawn("batchvl.engines.child", arguments, fds, environment, file)
+            except OSError:
+                ours.close()
+                raise
         self._channel: Channel[FromEngine] = await Channel.open(ours, FromEngine, self._received, self._lost)
         self._channel.send(Open(spec, arena.fd, arena.size))
 

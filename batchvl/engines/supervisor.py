@@ -192,9 +192,10 @@ class SupervisedEngine:
                     return
                 self._bury(died)
                 process = await self._launch()
-        except BatchvlError as error:
-            self._lost = error
-            self._release(error)
+        except (BatchvlError, OSError) as error:
+            lost = EngineLost(f"no engine process can be started: {error}") if isinstance(error, OSError) else error
+            self._lost = lost
+            self._release(lost)
             self._ended.set()
 
     def _bury(self, died: EngineDied) -> None:

@@ -147,3 +147,18 @@ async def test_no_process_outlives_the_engine(engine):
         os.kill(pid, 0)
     with pytest.raises(EngineDied):
         await task
+
+
+async def test_a_process_that_cannot_be_started_again_ends_it_with_the_reason(engine, monkeypatch):
+    async with engine(die_on=[0]) as e:
+        await e.answer(request(1))
+
+        def refuse(*arguments):
+            raise OSError(11, "no more processes")
+
+        monkeypatch.setattr("batchvl.engines.process.spawn", refuse)
+        with pytest.raises(EngineDied):
+            await e.answer(request(0))
+        with pytest.raises(EngineLost, match="no more processes"):
+            await e.answer(request(1))
+        monkeypatch.undo()
