@@ -98,7 +98,7 @@ def main() -> None:
     """
 
 
-@main.command(cls=GroupedCommand)
+@main.command(cls=GroupedCommand, short_help="Answer the rows of a manifest.")
 @click.argument("manifest", required=False)
 @run_options
 @click.option("--config", metavar="FILE", help="TOML job file. [default: batchvl.toml beside MANIFEST]")
@@ -120,7 +120,7 @@ def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -
     sys.exit(summary.exit_code)
 
 
-@main.command()
+@main.command(short_help="Merge all shards of an output folder into one file.")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @refusing
@@ -136,7 +136,7 @@ def merge(out: Path, file: Path | None) -> None:
     sys.exit(3 if report.missing else 0)
 
 
-@main.command()
+@main.command(short_help="See it work: drawn pictures, a tiny model, every answer checked.")
 @click.argument("folder", required=False, type=click.Path(file_okay=False, path_type=Path))
 @refusing
 def demo(folder: Path | None) -> None:

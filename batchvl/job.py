@@ -24,9 +24,10 @@ from .errors import BatchvlError, EngineLost, OptionError, StoppedEarly, TooMany
 from .images.arena import Arena
 from .images.fetch import Fetcher
 from .images.workers import ImageWorkers
+from .jobfile import JOB_FILE, gather, read_job
 from .lifeline import Lifeline
 from .manifest import Manifest
-from .options import JOB_FILE, RunOptions, flag, gather, read_job, share
+from .options import RunOptions, flag
 from .output import Counts, Guard, Output, merge
 from .progress import Progress
 from .prompt import Prompter
@@ -35,6 +36,7 @@ from .resources import MIB, cpus, memory
 from .runner import Runner
 from .signals import heard
 from .summary import Summary, summarise
+from .values import share
 
 _ARENA_LEAST, _ARENA_MOST = 256 * MIB, 8192 * MIB
 _BLOCK = 64 * 1024
@@ -200,7 +202,10 @@ class Job:
 
     async def _describe(self, engine: SupervisedEngine, output: Output) -> None:
         """Once the engine is up: what really runs goes into the output's metadata."""
-        self._engine = info = await engine.started()
+        info = await engine.started()
+        if info.model == self.spec.model:
+            info = msgspec.structs.replace(info, model=self.options.model.model)  # "shapes", not where it lies here
+        self._engine = info
         self.progress.starting = False
         output.describe({"batchvl": __version__, "engine": msgspec.json.encode(info).decode()})
         where = f" on {info.backend}" if info.backend else ""

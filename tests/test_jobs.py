@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from batchvl.options import RunOptions, read_job
+from batchvl.jobfile import read_job
+from batchvl.options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "jobs" / "nightly.sbatch"

@@ -26,8 +26,8 @@ import msgspec
 
 from ..errors import BatchvlError, PrepareFailed, RowError, TooManyPictures
 from ..lifeline import hold, tie
-from ..options import parse
 from ..request import Failure, Image, Tensor
+from ..values import parse
 from ..wire import Wire
 from .arena import ArenaView
 from .decode import decode, strict

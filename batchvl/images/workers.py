@@ -21,8 +21,9 @@ import msgspec
 
 from ..errors import EngineLost, EngineUnavailable, PrepareCrashed, PrepareTimeout, RowError
 from ..lifeline import Lifeline, spawn, without_secrets
-from ..options import ImageOptions, plain
+from ..options import ImageOptions
 from ..request import Failure, Image, Request, Struct
+from ..values import plain
 from ..wire import Channel
 from .arena import Arena
 from .messages import (

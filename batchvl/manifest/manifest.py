@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ManifestError
-from ..options import ManifestOptions, PromptOptions, Shard
+from ..options import ManifestOptions, PromptOptions
 from ..prompt import template_columns
 from ..request import Row
+from ..values import Shard
 from .columns import Columns, choose
 from .files import Files, Format, find
 from .fingerprint import fingerprint

@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from ..options import Shard
+from ..values import Shard
 from .disk import Disk
 from .done import Tally
 from .journal import FORMAT, Journal

@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 
 from ..errors import OptionError
-from ..options import OutputOptions, Shard
+from ..options import OutputOptions
+from ..values import Shard
 from .disk import FAILING, Disk, stopped
 from .done import Bitmap
 from .guard import RUN_FILE, Guard

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from batchvl.errors import ManifestError, PromptError
 from batchvl.manifest import Manifest
-from batchvl.options import ManifestOptions, PromptOptions, SamplingOptions, Shard
+from batchvl.options import ManifestOptions, PromptOptions, SamplingOptions
 from batchvl.prompt import Prompter
 from batchvl.request import Row
+from batchvl.values import Shard
 from tests.manifest.writing import numbers
 
 odd = st.sampled_from(

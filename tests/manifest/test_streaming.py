@@ -13,8 +13,8 @@ import pytest
 from batchvl.errors import ManifestError
 from batchvl.manifest import index, stream
 from batchvl.manifest.reader import CHUNK_BYTES
-from batchvl.options import Shard
 from batchvl.request import InlineImage
+from batchvl.values import Shard
 from tests.manifest.writing import numbers, opened, rows_of, write, write_bytes
 
 FORMATS = ["m.parquet", "m.jsonl", "m.csv", "m.jsonl.gz", "m.csv.zst"]

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchvl.manifest import Manifest
-from batchvl.options import ManifestOptions, PromptOptions, Shard
+from batchvl.options import ManifestOptions, PromptOptions
 from batchvl.request import Row
+from batchvl.values import Shard
 
 
 def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvl.errors import BatchvlError, OptionError, ResumeError, StoppedEarly
-from batchvl.options import Shard
 from batchvl.output import Counts, Output, merge
 from batchvl.output import merge as merge_function
 from batchvl.output.disk import Disk
 from batchvl.output.merge import windows
 from batchvl.output.parts import Group, Part
+from batchvl.values import Shard
 
 from .samples import GUARD, failed, fill, only_folder, options, sample
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvl.errors import OptionError, ResumeError, StoppedEarly
-from batchvl.options import Shard
 from batchvl.output import Counts, Output, merge, writer
 from batchvl.output.disk import Disk
+from batchvl.values import Shard
 
 from .samples import GUARD, failed, fill, names, only_folder, options, sample
 
