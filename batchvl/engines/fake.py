@@ -76,7 +76,7 @@ class FakeEngine:
             raise OptionError(self._options.refuse)
         await asyncio.sleep(self._options.start_delay)
         return EngineInfo(
-            "fake", "1", "no model", "nothing",
+            "fake", "1", self._spec.model, "nothing",
             batch_size=self._spec.batch_size or 32, lists_open=self._options.lists_open,
         )  # fmt: skip
 

@@ -1,0 +1,25 @@
+"""The examples in docstrings run and say what they print."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import batchvl
+
+MODULES = [
+    found.name for found in pkgutil.walk_packages(batchvl.__path__, "batchvl.") if not found.name.endswith("__main__")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = sum(len(t.examples) for name in MODULES for t in finder.find(importlib.import_module(name)))
+    assert examples > 30
