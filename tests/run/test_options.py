@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import batchvl
+from batchvl.engines.spec import spec_of
 from batchvl.errors import OptionError
+from batchvl.options import RunOptions
 
 from .running import answers, command, environment, questions, run, shell
 
@@ -70,7 +72,8 @@ def test_the_model(tmp_path, monkeypatch):
     monkeypatch.setenv("BATCHVL_MODEL", "from/the-environment")
     assert model("c") == "from/the-environment"
     assert model("d", model="from/the-flag") == "from/the-flag"
-    assert Path(model("e", model="shapes")).joinpath("config.json").is_file(), "only where it is asked for by name"
+    assert model("e", model="shapes") == "shapes", "only where it is asked for by name"
+    assert (Path(spec_of(RunOptions.of(model="shapes")).model) / "config.json").is_file()
 
 
 def test_a_job_file_that_names_the_manifest(tmp_path, monkeypatch):
