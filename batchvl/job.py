@@ -281,6 +281,9 @@ class Job:
             try:
                 report = await asyncio.to_thread(merge, self.folder, None, self._total)
                 summary.results = str(report.file)
+                if report.missing:  # which must not be; should it, nobody is to think that all is well
+                    some = "1 row has" if report.missing == 1 else f"{report.missing:,} rows have"
+                    error = BatchvlError(f"{some} no result: run the same command again")
             except BatchvlError as raised:
                 error = raised
         if error is not None:
@@ -291,10 +294,12 @@ class Job:
         folder = self.folder
         if self.shard.count > 1:
             folder /= f"shard-{self.shard.index:05d}-of-{self.shard.count:05d}"
-        try:
-            summary.write(folder / "summary.json")
-        except OSError as failed:
-            self.progress.say(f"{folder / 'summary.json'}: cannot be written: {failed.strerror}")
+        file = folder / "summary.json"
+        if self.progress.committed.rows or not file.exists():  # else it tells of the run that did the work
+            try:
+                summary.write(file)
+            except OSError as failed:
+                self.progress.say(f"{file}: cannot be written: {failed.strerror}")
         return summary
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from .running import PATIENCE, command, environment, questions, run, shell
+from batchvl.output import Output
+
+from .running import PATIENCE, command, environment, questions, responses, run, shell
 
 
 def on_a_terminal(arguments) -> tuple[int, str]:
@@ -105,3 +107,29 @@ def test_counts_of_a_run_that_went_on(tmp_path):
     assert (rest.ok, rest.failed, rest.resumed, rest.output_tokens) == (90, 10, 50, 90)
     assert rest.rows_per_second == pytest.approx(50 / rest.seconds, rel=0.01), "of this run alone"
     assert "50 of them were done before this run" in str(rest)
+
+
+def test_a_run_with_nothing_to_do_leaves_the_summary_of_the_one_that_did_it(tmp_path):
+    manifest = questions(tmp_path / "m.parquet", 30)
+    first = run(manifest)
+    written = (Path(first.output) / "summary.json").read_bytes()
+    again = run(manifest)
+    assert (again.rows, again.resumed, again.exit_code) == (30, 30, 0)
+    assert (Path(first.output) / "summary.json").read_bytes() == written
+
+
+def test_a_row_without_a_result_is_never_called_complete(tmp_path, monkeypatch):
+    manifest = questions(tmp_path / "m.parquet", 30)
+    add = Output.add
+
+    def forgetful(self, record):
+        if record.row != 17:
+            add(self, record)
+
+    monkeypatch.setattr(Output, "add", forgetful)
+    summary = run(manifest)
+    assert summary.exit_code == 1
+    assert "1 row has no result" in summary.message
+    monkeypatch.undo()
+    again = run(manifest)
+    assert (again.exit_code, again.resumed, len(responses(again))) == (0, 29, 30)
