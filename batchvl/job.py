@@ -149,7 +149,12 @@ class Job:
     def _complete(self, output: Output) -> bool:
         """Whether earlier runs left nothing to do, so that no engine is needed."""
         limit = self.options.manifest.limit
-        if limit is not None and self.shard.count == 1 and output.done.count(range(limit)) == limit:
+        if (
+            limit is not None
+            and self.shard.count == 1
+            and output.counts.rows >= limit
+            and output.done.count(range(limit)) == limit
+        ):
             self._total = limit  # of text, whose end a limited run does not reach
             return True
         if output.complete:
@@ -288,6 +293,9 @@ class Job:
                 error = raised
         if error is not None:
             summary.exit_code, summary.message = error.exit_code, str(error)
+        elif self.options.manifest.limit is None and expected is not None and summary.rows < expected:
+            summary.exit_code = 1
+            summary.message = f"{expected - summary.rows} rows are missing though the run came to its end: run it again"
         elif summary.failed > share(accepted, summary.rows):
             summary.exit_code = 3
             summary.message = f"more rows failed than --accept-failures {accepted}"

@@ -22,8 +22,8 @@ from .values import Duration, Shard, Size, parse, plain
 
 DEFAULT_MODEL = "OpenGVLab/InternVL-Chat-V1-5"
 
-Positive = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 
 
@@ -122,7 +122,9 @@ class SamplingOptions:
     top_p: Share = option(1.0, "Draw from the likeliest tokens that sum to this share.", meaning=True, metavar="X")
     top_k: Count = option(0, "Draw from the K likeliest tokens; 0 is no limit.", meaning=True, metavar="K")
     repetition_penalty: Annotated[float, Meta(gt=0)] = option(1.0, "Above 1: repeat less.", meaning=True, metavar="X")
-    seed: Count = option(0, "Each row draws with hash(seed, row).", meaning=True, metavar="N")
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = option(
+        0, "Each row draws with hash(seed, row).", meaning=True, metavar="N"
+    )
     stop: tuple[str, ...] = option((), "Text that ends an answer; may be repeated.", meaning=True)
 
 
@@ -132,7 +134,7 @@ class EngineOptions:
 
     engine: Literal["auto", "transformers", "fake"] = option("auto", "What runs the model.", meaning=True)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
-    batch_size: Positive | None = option(
+    batch_size: Annotated[int, Meta(ge=1, le=65536)] | None = option(
         None, "Rows of a list that the engine is handed. [default: the engine's]", metavar="N"
     )
     engine_option: tuple[str, ...] = option((), "An option of the engine itself; may be repeated.", metavar="KEY=VALUE")

@@ -11,7 +11,7 @@ import tenacity
 from .budget import Budget
 from .engines.process import EngineDied
 from .engines.supervisor import SupervisedEngine
-from .errors import BatchvlError, EngineCrashed, GaveUpWaiting, RowError
+from .errors import BatchvlError, EngineCrashed, EngineLost, GaveUpWaiting, RowError
 from .images.arena import Arena
 from .images.fetch import Fetcher, source_label
 from .images.workers import ImageWorkers, RowFailed
@@ -48,7 +48,8 @@ class Runner:
         self._engine, self._prepared, self._output, self._progress = engine, prepared, output, progress
         self._slots = asyncio.Semaphore(ROWS_AT_LEAST)
         self._inline = Budget(INLINE_BYTES)
-        self._waiting = asyncio.Semaphore(WAITING_ROWS)
+        self._waiting = 0
+        self._fewer_wait = asyncio.Event()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._active = 0
         self._exhausted = False
@@ -91,11 +92,16 @@ class Runner:
 
     async def _phase(self, rows: AsyncIterator[Row]) -> bool:
         """Rows until they end, which is True, or there are too many suspects; all have come out on return."""
+        self._taken_in = False
+        self._gave_up.clear()
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._intake = tasks.create_task(self._take_in(rows, tasks))
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            error = _first(group)
+            if self.stopped is not None and isinstance(error, EngineLost):
+                error = self.stopped  # an engine that ends in its grace is what was asked for
+            raise error from None
         if self.stopped is not None:
             self._suspects = Suspects()  # the next run tries them again
         culprits, progress = self._suspects.sift()
@@ -107,6 +113,9 @@ class Runner:
 
     async def _take_in(self, rows: AsyncIterator[Row], tasks: asyncio.TaskGroup) -> bool:
         async for row in rows:
+            while self._waiting >= WAITING_ROWS:  # here, not with a slot in hand, which the waiting rows need
+                self._fewer_wait.clear()
+                await self._fewer_wait.wait()
             await self._inline.take(row.inline_bytes)
             await self._slots.acquire()
             self._tasks[row.number] = tasks.create_task(self._row(row))
@@ -126,10 +135,16 @@ class Runner:
             if _may_pass(response) and self.stopped is not None:
                 return  # the next run asks again
             if _may_pass(response) and self._options.engine.retries:
-                async with self._waiting:
-                    self._slots.release()
-                    slot = False
+                self._slots.release()
+                slot = False
+                self._waiting += 1
+                try:
                     attempts, response, images = await self._again(row, response, images)
+                finally:
+                    self._waiting -= 1
+                    self._fewer_wait.set()
+                if _may_pass(response) and self.stopped is not None:
+                    return
             if self._engine.info is None:
                 await self._engine.started()  # were it refused, nothing would have been run, and nothing be written
             self._finish(_record(row, response, images, attempts, time.monotonic() - started))
@@ -179,7 +194,7 @@ class Runner:
             sleep=self._wait,
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=60),
             stop=tenacity.stop_after_attempt(self._options.engine.retries),
-            retry=tenacity.retry_if_result(lambda answer: _may_pass(answer[0])),
+            retry=tenacity.retry_if_result(lambda answer: _may_pass(answer[0]) and self.stopped is None),
             retry_error_callback=lambda state: state.outcome and state.outcome.result(),
         )
 

@@ -133,6 +133,7 @@ class SupervisedEngine:
                 held.answer = asyncio.get_running_loop().create_future()
                 self._abort(request.row)
                 await asyncio.wait([held.answer])
+                held.answer.exception()  # a death then is nobody's news
             raise
 
     @property
@@ -188,12 +189,21 @@ class SupervisedEngine:
                 died = await asyncio.shield(process.died)
                 self._up.clear()
                 if self._killed:
+                    self._lost = EngineLost(str(died))  # for who comes now: nobody will answer
                     self._give_back(died)
+                    self._release(died)
+                    self._ended.set()
                     return
                 self._bury(died)
                 process = await self._launch()
         except (BatchvlError, OSError) as error:
-            lost = EngineLost(f"no engine process can be started: {error}") if isinstance(error, OSError) else error
+            lost: BatchvlError
+            if isinstance(error, OSError):
+                lost = EngineLost(f"no engine process can be started: {error}")
+            elif self.info is not None and not isinstance(error, EngineLost):  # a refusal, but rows were answered
+                lost = EngineLost(f"the engine could not be started again: {error}")
+            else:
+                lost = error
             self._lost = lost
             self._release(lost)
             self._ended.set()
@@ -312,7 +322,7 @@ class SupervisedEngine:
                     row.timed_out, row.deadline = True, now + hang
                     self._abort(number)
             if self._held and now - self._progress > hang and self._process is not None:
-                self._progress = now
-                self._process.dump_stacks()
-                await asyncio.sleep(0.5)
-                self._process.kill(f"it made no progress for {hang:g} s (--hang-timeout); its stacks are in the log")
+                self._progress, hung = now, self._process
+                hung.dump_stacks()
+                await asyncio.sleep(0.5)  # in which another may take its place
+                hung.kill(f"it made no progress for {hang:g} s (--hang-timeout); its stacks are in the log")

@@ -98,7 +98,8 @@ class Arena(ArenaView):
             if turn.done() and not turn.cancelled():
                 self.release(*turn.result())
             else:
-                self._waiting.remove(entry)
+                if entry in self._waiting:  # `_serve` may have found it cancelled already
+                    self._waiting.remove(entry)
                 self._serve()
             raise
 

@@ -230,6 +230,7 @@ class Fetcher:
             if end > limit:
                 raise TooManyBytes(f"{download.label}: has more bytes than --max-image-bytes {limit:,}")
             if end > len(view):
+                room.forget(place)
                 raise _Overrun
             view[start:end] = chunk
         if not end:

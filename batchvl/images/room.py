@@ -46,6 +46,11 @@ class Room:
         self.extents[place] = self._arena.shrink(self.extents[place], length)
         return True
 
+    def forget(self, place: int) -> None:
+        """A picture is longer than an attempt before told: its length is not known any more."""
+        if isinstance(self.pictures[place], WebImage):
+            self._lengths[place] = None
+
     def widen(self) -> None:
         """Gives everything back and divides the arena anew, knowing what is known by now."""
         self.drop()

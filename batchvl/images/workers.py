@@ -156,11 +156,15 @@ class ImageWorkers:
 
     async def load(self, spec: PreparationSpec | None) -> None:
         """Has the host load the preparation, None for none, and fork the workers. `prepare` raises what goes wrong."""
+        if spec is not None:
+            spec = msgspec.structs.replace(spec, special_tokens=())  # for the runner alone; models have thousands
         setup = Setup(
             spec, self._limits, self._max_image_bytes, tuple(map(str, self._roots)),
             (self._encoded.fd, self._encoded.size), (self._prepared.fd, self._prepared.size), self._memory,
         )  # fmt: skip
-        with suppress(OSError):  # a host that is gone is told by `_heard`
+        # The host reads only once it is up: all must fit. What does not is an error, and no wait for ever.
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20 + 2048 * self._count)
+        with suppress(BrokenPipeError, ConnectionResetError):  # a host that is gone is told by `_heard`
             self._control.send(msgspec.msgpack.encode(setup, enc_hook=plain))
             for _ in range(self._count):
                 await self._fork()
@@ -198,6 +202,8 @@ class ImageWorkers:
             try:
                 return await self._run(worker, job)
             except _WorkerDied as error:
+                if self._lost is not None:
+                    raise self._lost from None  # the host's end, for which no row is to blame
                 deaths += 1
                 if deaths == 2:
                     message = f"the image worker died twice over this row: {error}"
@@ -279,8 +285,8 @@ class ImageWorkers:
     def _heard(self) -> None:
         try:
             data = self._control.recv(65536)
-        except BlockingIOError:
-            return
+        except (BlockingIOError, ConnectionResetError):
+            return  # the latter once, where it died with a message unread; what it said comes next, or its end
         if not data:
             asyncio.get_running_loop().remove_reader(self._control)
             self._host_died()

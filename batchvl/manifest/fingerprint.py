@@ -24,7 +24,7 @@ def fingerprint(files: Files) -> str:
     for name in files:
         path = files.folder / name
         try:
-            size = os.stat(path).st_size
+            size = (os.lstat if files.format == "pictures" and not path.exists() else os.stat)(path).st_size
             own = blake2b(digest_size=16)
             if files.format != "pictures":
                 with open(path, "rb") as file:

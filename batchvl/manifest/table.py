@@ -86,7 +86,7 @@ class CsvReader(TextReader[list[str]]):
                 offset, number = after, number + 1
                 yield line.decode(errors="surrogateescape") + "\n"
 
-        reader = csv.reader(lines())
+        reader = csv.reader(lines(), strict=True)
         while True:
             try:
                 row = next(reader, None)

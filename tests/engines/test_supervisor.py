@@ -162,3 +162,27 @@ async def test_a_process_that_cannot_be_started_again_ends_it_with_the_reason(en
         with pytest.raises(EngineLost, match="no more processes"):
             await e.answer(request(1))
         monkeypatch.undo()
+
+
+async def test_a_hung_process_that_dies_by_itself_is_one_death(engine, monkeypatch):
+    async with engine(hang_on=[3], hang_timeout=0.6) as e:
+        await e.answer(request(1))
+        monkeypatch.setattr(type(e._process), "dump_stacks", lambda process: process._process.kill())
+        with pytest.raises(EngineDied):
+            await e.answer(request(3))
+        assert (await e.answer(request(4))).texts == ("row 4",)
+        await asyncio.sleep(0.6)  # in which the watch wakes up, and finds another process
+        assert e.deaths == 1
+
+
+async def test_after_a_kill_nobody_waits(engine):
+    async with engine(delay=60) as e:
+        await e.started()
+        task = asyncio.create_task(e.answer(request(1)))
+        while not e.holds(1):
+            await asyncio.sleep(0.01)
+        e.kill("the run is stopping")
+        with pytest.raises(EngineDied):
+            await task
+        with pytest.raises(EngineLost):
+            await e.answer(request(2))

@@ -104,3 +104,21 @@ def test_another_mapping_sees_the_same_bytes(arena):
     arena.at(Extent(100, 5))[:] = b"hello"
     assert bytes(view.at(Extent(100, 5))) == b"hello"
     view.close()
+
+
+async def test_who_waits_may_be_cancelled_together_with_who_holds(arena):
+    [held] = await arena.reserve([8 * BLOCK])
+
+    async def holder():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            arena.release(held)
+
+    holding, waiting = asyncio.create_task(holder()), asyncio.create_task(arena.reserve([BLOCK]))
+    await asyncio.sleep(0)
+    holding.cancel()
+    waiting.cancel()
+    ends = await asyncio.gather(holding, waiting, return_exceptions=True)
+    assert [type(end) for end in ends] == [asyncio.CancelledError] * 2
+    assert arena.free_blocks == 8

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from batchvl.errors import EngineUnavailable
+from batchvl.errors import EngineLost, EngineUnavailable
 from batchvl.images.arena import Arena
 from batchvl.images.messages import Source
 from batchvl.images.preparation import PreparationSpec
@@ -207,3 +207,29 @@ async def test_killed_at_random_no_row_gets_anothers_picture(pool):
         await killing
     assert right > 200
     assert codes <= {"prepare_crashed"}
+
+
+async def test_the_hosts_end_is_no_rows_fault(pool):
+    async with pool(workers=1) as p:
+        await p.run(0)
+        host = next(c for c in psutil.Process().children() if "batchvl.images.host" in " ".join(c.cmdline()))
+        for child in host.children():
+            child.kill()
+        host.kill()
+        with pytest.raises(EngineLost, match="host process ended"):
+            await asyncio.gather(*(p.run(i) for i in range(9)))
+
+
+async def test_many_special_tokens_do_not_hold_up_the_host(tmp_path):
+    lifeline, arenas = Lifeline(), (Arena(8, BLOCK), Arena(8, BLOCK))
+    tokens = tuple(f"<unused{i}>" for i in range(30_000))
+    with (tmp_path / "log").open("wb") as log:
+        async with ImageWorkers(
+            None, ImageOptions(), 1 << 20, [tmp_path], arenas, 1, lifeline, dict(os.environ), log
+        ) as workers:
+            await workers.load(PreparationSpec("batchvl.engines.fake_preparation:Thumbnails", special_tokens=tokens))
+            done = await workers.prepare(request(1), [])
+    assert done.request.row == 1
+    lifeline.close()
+    for arena in arenas:
+        arena.close()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from batchvl import runner
+
 from ..manifest.writing import write, write_bytes
 from .running import answers, codes, command, picture, questions, responses, run, shell
 
@@ -117,3 +119,11 @@ def test_the_command_s_exit_code_and_summary(bad, tmp_path):
     assert "output: m-batchvl/results.parquet" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(wanted) == 13
+
+
+def test_more_rows_in_backoff_than_there_is_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ROWS_AT_LEAST", 4)
+    monkeypatch.setattr(runner, "WAITING_ROWS", 4)
+    summary = run(questions(tmp_path / "m.jsonl", 60), {"flaky_every": 1, "lists_open": 1}, batch_size=2)
+    assert (summary.ok, summary.exit_code) == (60, 0)
+    assert {row["attempts"] for row in answers(summary)} == {2}

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 
@@ -12,6 +13,7 @@ import pytest
 import batchvl
 from batchvl.signals import heard
 
+from ..manifest.writing import write
 from .running import (
     PATIENCE,
     alive,
@@ -202,3 +204,25 @@ def test_a_stop_in_process_leaves_nobody_behind(name, tmp_path, monkeypatch):
     assert name in summary.message
     assert not children()
     assert signal.getsignal(signal.Signals[name]) is before
+
+
+def test_a_row_in_its_second_attempt_does_not_outlive_the_grace(tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 20)
+    flags = ("--grace", "0.8s", "--row-timeout", "0.5s", "--retries", "100")
+    running = Running(command(manifest, *flags, fake={"slow_every": 1}))
+    running.wait_for(UP)
+    time.sleep(2.5)  # of attempts that end after half a second each
+    running.send(signal.SIGTERM)
+    assert running.end() == 75
+
+
+def test_a_stop_while_rows_wait_for_room(tmp_path):
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        manifest = write(tmp_path / "m.jsonl", [{"prompt": "q", "image": f"{address}/{i}.png"} for i in range(40)])
+        flags = ("--allow-private", "127.0.0.0/8", "--arena-bytes", "16MB", "--max-image-bytes", "4MB")
+        running = Running(command(manifest, *flags))
+        running.wait_for(UP)
+        silent.accept()[0].close()  # somebody fetches: the others wait, for the arena has room for two
+        running.send(signal.SIGTERM)
+        assert running.end() == 75

@@ -138,7 +138,12 @@ class TransformersEngine:
 
         size = loaded.info.batch_size
         for at in range(0, len(requests), size):
-            mine = [request for request in requests[at : at + size] if self._waiting.pop(request.row, None)]
-            self._running.update(request.row for request in mine)
+            mine = []
+            for request in requests[at : at + size]:
+                self._running.add(request.row)  # before it leaves `_waiting`: an abort must find it in one of them
+                if self._waiting.pop(request.row, None):
+                    mine.append(request)
+                else:
+                    self._running.discard(request.row)
             rows = [Conversation(request, read_arrays(request, self._arena), loaded.words) for request in mine]
             loaded.generation.answer(rows, done, self._aborted)
