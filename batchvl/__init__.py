@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["FakeEngine", "Summary", "__version__", "merge", "run"]
+__all__ = ["BatchvlError", "FakeEngine", "Summary", "__version__", "merge", "run"]
 
 if TYPE_CHECKING:
     from .engines.fake import FakeEngine
+    from .errors import BatchvlError
     from .job import run
     from .output import merge
     from .summary import Summary
 
-_HOMES = {"FakeEngine": "engines.fake", "Summary": "summary", "merge": "output", "run": "job"}
+_HOMES = {"BatchvlError": "errors", "FakeEngine": "engines.fake", "Summary": "summary", "merge": "output", "run": "job"}
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ from .resources import MIB, cpus, memory
 from .runner import Runner
 from .signals import heard
 from .summary import Summary, summarise
-from .values import share
+from .values import Size, share
 
 _ARENA_LEAST, _ARENA_MOST = 256 * MIB, 8192 * MIB
 _BLOCK = 64 * 1024
@@ -60,6 +60,8 @@ def run(
     """
     job = read_job(config) if config else {}
     named = job.pop("manifest", None)
+    if manifest is not None and not isinstance(manifest, str | os.PathLike):
+        raise OptionError(f"the manifest is a path or a glob; found {manifest!r:.80}")
     source = os.fspath(manifest) if manifest is not None else named
     if source is None:
         raise OptionError("no manifest: name one, or write `manifest = ...` into the job file of --config")
@@ -80,6 +82,9 @@ class Job:
         self.spec = spec_of(options)
         for name in ("accept_failures", "max_failures"):
             share(getattr(options.output, name) or "0", 0, flag(name))
+        for root in options.fetch.image_root:
+            if not Path(root).is_dir():
+                raise OptionError(f"--image-root: {root} is no folder")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[Any] | None = None
         self._runner: Runner | None = None
@@ -171,7 +176,10 @@ class Job:
             stack.callback(lifeline.close)
             stack.callback(asyncio.create_task(self.progress.tick()).cancel)
             self._opening = asyncio.current_task()
-            encoded, prepared = (Arena(max(1, size // 2 // _BLOCK), _BLOCK) for _ in range(2))
+            try:
+                encoded, prepared = (Arena(max(1, size // 2 // _BLOCK), _BLOCK) for _ in range(2))
+            except OSError as error:
+                raise OptionError(f"--arena-bytes: no {Size(size)} of memory to be had: {error.strerror}") from None
             stack.callback(encoded.close)
             stack.callback(prepared.close)
             log = output.folder / f"images-{output.attempt:04d}.log"

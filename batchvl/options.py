@@ -116,7 +116,7 @@ class SamplingOptions:
     """How answers are drawn, unless the row's `generation` tells otherwise"""
 
     max_new_tokens: Positive = option(512, "Most tokens of an answer.", meaning=True, metavar="N")
-    temperature: Annotated[float, Meta(ge=0)] = option(
+    temperature: Annotated[float, Meta(ge=0, le=100)] = option(
         0.0, "0 is greedy: the likeliest token.", meaning=True, metavar="X"
     )
     top_p: Share = option(1.0, "Draw from the likeliest tokens that sum to this share.", meaning=True, metavar="X")

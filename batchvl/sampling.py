@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from .errors import InvalidGeneration
+from .errors import InvalidGeneration, OptionError
 from .options import SamplingOptions
 from .request import Row, Sampling
 
@@ -17,9 +17,19 @@ _SETTINGS = get_type_hints(SamplingOptions, include_extras=True)
 _MOST = 2**63 - 1
 
 
+GREEDY = 1e-5
+"""A temperature below this one is greedy: dividing logits by less has no meaning in their precision."""
+
+
 def sampling(options: SamplingOptions) -> Sampling:
-    """The settings of a run, as rows take them over."""
-    return Sampling(**{name: getattr(options, name) for name in _SETTINGS})
+    """The settings of a run, as rows take them over. Raises OptionError for a stop text that is empty."""
+    if not all(options.stop):
+        raise OptionError("--stop: found an empty string, want text that ends an answer")
+    return _cooled(Sampling(**{name: getattr(options, name) for name in _SETTINGS}))
+
+
+def _cooled(settings: Sampling) -> Sampling:
+    return settings if settings.temperature >= GREEDY else msgspec.structs.replace(settings, temperature=0.0)
 
 
 def row_seed(seed: int, number: int) -> int:
@@ -43,7 +53,7 @@ class RowSampling:
             return self._base
         given = _settings(row.generation or {})
         given.setdefault("seed", row_seed(self._base.seed, row.number))
-        return msgspec.structs.replace(self._base, **given)
+        return _cooled(msgspec.structs.replace(self._base, **given))
 
 
 def _settings(generation: dict[str, Any]) -> dict[str, Any]:

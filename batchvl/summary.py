@@ -51,7 +51,7 @@ class Summary(msgspec.Struct):
         temporary.replace(path)
 
     def __str__(self) -> str:
-        of = f" of {self.expected:,}" if self.expected not in (None, self.rows) else ""
+        of = f" of {self.expected:,}" if self.expected is not None and self.expected > self.rows else ""
         lines = [f"{self.rows:,}{of} rows done: {self.ok:,} ok, {self.failed:,} failed"]
         lines += [f"  {count:>8,} {code}" for code, count in sorted(self.failures.items(), key=lambda item: -item[1])]
         if self.resumed == self.rows and self.rows:

@@ -12,15 +12,20 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
+_LARGEST = 2**50
+_LONGEST = 366 * 86400.0
+
+
 class Size(int):
     """A number of bytes, written as 500000, 32MB or 4GiB."""
 
     @classmethod
     def parse(cls, value: Any) -> Size:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", str(value).strip().lower())
-        if not found:
+        size = float(found[1]) * _UNITS[found[2] or ""] if found else 0.0
+        if not 1 <= size <= _LARGEST:
             raise ValueError(f"{value!r} is no size: want bytes, such as 500000, 32MB or 4GiB")
-        return cls(float(found[1]) * _UNITS[found[2] or ""])
+        return cls(size)
 
     def __str__(self) -> str:
         for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -35,9 +40,10 @@ class Duration(float):
     @classmethod
     def parse(cls, value: Any) -> Duration:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|)", str(value).strip().lower())
-        if not found:
+        seconds = float(found[1]) * _SECONDS[found[2]] if found else _LONGEST + 1
+        if seconds > _LONGEST:
             raise ValueError(f"{value!r} is no duration: want seconds, such as 90, 90s, 15m or 2h")
-        return cls(float(found[1]) * _SECONDS[found[2]])
+        return cls(seconds)
 
     def __str__(self) -> str:
         return f"{float(self):g}s"
@@ -85,10 +91,10 @@ def share(text: str, of: int, where: str = "") -> float:
     >>> share("5", 200), share("5%", 200)
     (5.0, 10.0)
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
-    if not found:
+    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)\s*%", text.strip())
+    if not found or float(found[2] or 0) > 100:
         lead = where and f"{where}: "
         raise OptionError(
             f"{lead}{text!r} is no bound on failures: want a number of rows (100) or a share of them (1%)"
         )
-    return float(found[1]) * (of / 100 if found[2] else 1)
+    return float(found[1]) if found[1] else float(found[2]) * of / 100

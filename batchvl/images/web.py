@@ -98,7 +98,8 @@ def failure(error: Exception, label: str) -> FetchError | Passing:
         case aiohttp.ClientConnectorError():
             return Passing(ConnectionFailed(f"{label}: cannot connect: {_reason(error.os_error)}"))
         case aiohttp.ClientResponseError():
-            return Passing(ConnectionFailed(f"{label}: the server does not speak HTTP: {error.message}"))
+            said = " ".join(error.message.split())
+            return Passing(ConnectionFailed(f"{label}: the server does not speak HTTP: {said}"))
         case aiohttp.ClientPayloadError():
             return Passing(ConnectionFailed(f"{label}: the body broke off or is garbled"))
         case OSError():

@@ -47,9 +47,9 @@ def image_of(cell: Any, what: str) -> ImageRef:
 
 
 def _from_text(text: str, what: str) -> ImageRef:
-    head = text[:8].lower()
+    head = text[:16].lstrip().lower()
     if head.startswith(("http://", "https://")):
-        return WebImage(text)
+        return WebImage(text.strip())
     if head.startswith("data:"):
         return InlineImage(*decode_data_uri(text))
     if not text:

@@ -50,6 +50,8 @@ def find(model: str, revision: str | None = None, code: bool = False) -> Checkpo
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ModelError(f"{model}: is a folder, and has no --revision {revision}: that is for models of the hub")
         return _checked(Checkpoint(str(folder.resolve())), model)
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"{model}: no such folder: want a folder of a Hugging Face checkpoint, or a name of its hub")
