@@ -81,6 +81,7 @@ def test_a_job_file_that_names_the_manifest(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     questions(tmp_path / "data/m.jsonl", 4, site="x")
     job = tmp_path / "jobs/nightly.toml"
+    (tmp_path / "pictures").mkdir()
     job.write_text("manifest = '../data/m.jsonl'\noutput = '../out'\nkeep = 'site'\nimage_root = ['../pictures']\n")
     monkeypatch.chdir("/")
     summary = run(None, config=job)
