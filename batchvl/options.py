@@ -9,7 +9,6 @@ meaning of an answer or of a row: a run that goes on in an output folder must ag
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -18,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from .errors import OptionError
-from .values import Duration, Shard, Size, parse, plain
+from .values import Duration, Shard, Size, parse, plain, wanted
 
 DEFAULT_MODEL = "OpenGVLab/InternVL-Chat-V1-5"
 
@@ -247,15 +246,9 @@ def convert(name: str, value: Any, where: str | None = None) -> Any:
             raise ValueError(f"want one of {', '.join(get_args(hint))}")
         return msgspec.convert(value, hint, strict=not isinstance(value, str), dec_hook=parse)
     except (msgspec.ValidationError, ValueError) as error:
-        reason = re.sub(r" - at `\$.*`|, got `\w+`", "", str(error))
-        reason = re.sub(
-            r"Expected `(\w+)(?: \| null)?`", lambda match: f"want {_WORDS.get(match[1], match[1])}", reason
-        )
+        reason = wanted(error)
         found = "" if repr(value) in reason else f"; found {value!r}"
         raise OptionError(f"{where or flag(name)}: {reason}{found}") from None
-
-
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
 def _as_text(value: Any) -> Any:

@@ -11,6 +11,7 @@ import msgspec
 from .errors import InvalidGeneration, OptionError
 from .options import SamplingOptions
 from .request import Row, Sampling
+from .values import wanted
 
 _ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _SETTINGS = get_type_hints(SamplingOptions, include_extras=True)
@@ -78,7 +79,7 @@ def _setting(name: str, kind: Any, value: Any) -> Any:
     try:
         value = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise InvalidGeneration(f"generation: {name}: {error}; found {value!r:.60}") from None
+        raise InvalidGeneration(f"generation: {name}: {wanted(error)}; found {value!r:.60}") from None
     if (isinstance(value, int) and value > _MOST) or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidGeneration(f"generation: {name}: found {value!r:.60}, want a finite number of 64 bits")
     if isinstance(value, tuple) and not all(value):

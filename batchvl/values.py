@@ -80,6 +80,19 @@ def parse(kind: type, value: Any) -> Any:
     return value if isinstance(value, kind) else kind.parse(value)  # type: ignore[attr-defined]
 
 
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def wanted(error: Exception) -> str:
+    """What msgspec, or a `parse`, wants instead of a value, in plain words.
+
+    >>> wanted(ValueError("Expected `int` >= 1 - at `$.batch_size`"))
+    'want a whole number >= 1'
+    """
+    reason = re.sub(r" - at `\$.*`|, got `\w+`", "", str(error))
+    return re.sub(r"Expected `(\w+)(?: \| null)?`", lambda match: f"want {_WORDS.get(match[1], match[1])}", reason)
+
+
 def plain(value: Any) -> Any:
     """msgspec's enc_hook for the types of options: numbers stay numbers, the rest is as it is written."""
     return float(value) if isinstance(value, Duration) else int(value) if isinstance(value, Size) else str(value)
