@@ -64,8 +64,7 @@ class Prompter:
 
     Raises OptionError for options that cannot be.
 
-        prompter = Prompter(PromptOptions(), SamplingOptions())
-        prompter = prompter.with_special_tokens(["<|im_end|>"])
+        prompter = Prompter(PromptOptions(), SamplingOptions(), ["<|im_end|>"])
         request = prompter.request(Row(0, prompt="What is this?", images=(FileImage("cat.jpg"),)))
     """
 
@@ -74,7 +73,7 @@ class Prompter:
             raise OptionError("--prompt: is empty; want a question")
         if options.system is not None and IMAGE_TOKEN in options.system:
             raise OptionError(f"--system: holds {IMAGE_TOKEN}; pictures stand in the prompt")
-        self._options, self._settings, self._sampling = options, settings, RowSampling(settings)
+        self._options, self._sampling = options, RowSampling(settings)
         # Text and names take turns: text, name, text, …
         self._template = _FIELD.split(options.prompt) if options.prompt is not None else None
         self._system = Message("system", (Part(text=options.system),)) if options.system is not None else None
@@ -83,10 +82,6 @@ class Prompter:
         """The model's, which no row may bring."""
         longest_first = sorted({IMAGE_TOKEN, *self.special_tokens}, key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, longest_first)))
-
-    def with_special_tokens(self, tokens: Iterable[str]) -> Prompter:
-        """The same prompter for a model with these special tokens."""
-        return Prompter(self._options, self._settings, tokens)
 
     def request(self, row: Row) -> Request:
         """The row as the engine is asked. Raises a PromptError: the row alone fails."""

@@ -22,7 +22,7 @@ def images(count: int) -> tuple[FileImage, ...]:
 
 def prompter(**options: Any) -> Prompter:
     run = SamplingOptions(seed=3, temperature=0.5, stop=("###",))
-    return Prompter(PromptOptions(**options), run).with_special_tokens(SPECIAL)
+    return Prompter(PromptOptions(**options), run, SPECIAL)
 
 
 def request(row: Row, **options: Any) -> Request:

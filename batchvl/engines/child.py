@@ -19,7 +19,7 @@ from ..images.arena import ArenaView
 from ..lifeline import hold
 from ..request import Request
 from ..wire import Channel
-from .messages import Abort, Alive, Answers, Close, Infer, Open, Refused, Resolved, Started, ToEngine
+from .messages import Abort, Alive, Answers, Infer, Open, Refused, Resolved, Started, ToEngine
 from .protocol import Engine
 from .registry import factory
 
@@ -50,7 +50,7 @@ async def serve(sock: socket.socket) -> int:
                     answering.add_done_callback(tasks.discard)
                 case Abort(row):
                     await engine.abort(row)
-                case Close() | None:
+                case None:
                     break
         for task in tasks:
             task.cancel()  # nobody waits for what is still open

@@ -25,11 +25,7 @@ class Abort(Struct, frozen=True, tag="abort"):
     row: int
 
 
-class Close(Struct, frozen=True, tag="close"):
-    pass
-
-
-ToEngine = Open | Infer | Abort | Close
+ToEngine = Open | Infer | Abort
 
 
 class Resolved(Struct, frozen=True, tag="resolved"):
