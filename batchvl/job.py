@@ -223,6 +223,8 @@ class Job:
         output.describe({"batchvl": __version__, "engine": msgspec.json.encode(info).decode()})
         where = f" on {info.backend}" if info.backend else ""
         self.progress.say(f"{info.engine} {info.version}: {info.model}{where}, lists of {info.batch_size} rows")
+        for note in info.notes:
+            self.progress.say(f"note: {note}")
 
     async def _rows(self, output: Output) -> AsyncIterator[Row]:
         """The shard's rows that are not done, read in a thread of their own, a chunk ahead."""

@@ -131,7 +131,7 @@ class SamplingOptions:
 class EngineOptions:
     """What answers"""
 
-    engine: Literal["auto", "transformers", "fake"] = option("auto", "What runs the model.", meaning=True)
+    engine: Literal["auto", "lmdeploy", "transformers", "fake"] = option("auto", "What runs the model.", meaning=True)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     batch_size: Annotated[int, Meta(ge=1, le=65536)] | None = option(
         None, "Rows of a list that the engine is handed. [default: the engine's]", metavar="N"
@@ -142,9 +142,39 @@ class EngineOptions:
         Duration(300), "An engine that makes no progress for so long is ended and started again.", metavar="TIME"
     )
     start_timeout: Duration = option(Duration(3600), "For loading the model.", metavar="TIME")
+    engine_memory: Size | None = option(
+        None,
+        "Memory of the engine's processes at which they are started afresh. [default: 3/4 of the memory]",
+        metavar="SIZE",
+    )
     retries: Count = option(2, "Times that a row is asked again after a failure that may pass.", metavar="N")
     max_idle_gpu: Duration = option(
         Duration(120), "Rows that wait for a retry are given up once the engine has idled so long.", metavar="TIME"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LmdeployOptions:
+    """What the engine lmdeploy is told; any other field of its configuration by --engine-option"""
+
+    backend: Literal["auto", "turbomind", "pytorch"] = option(
+        "auto", "What computes; auto is TurboMind where it loads and serves the model."
+    )
+    tp: Positive = option(1, "GPUs that share the model (tensor parallelism).", metavar="N")
+    session_len: Positive | None = option(
+        None, "Most tokens of prompt, pictures and answer. [default: the model's]", metavar="N"
+    )
+    cache_max_entry_count: Annotated[float, Meta(gt=0)] = option(
+        0.8, "Share of the free GPU memory for the k/v cache.", metavar="SHARE"
+    )
+    model_format: str | None = option(
+        None, "How the weights are quantised: awq, gptq, fp8, … [default: as the model says]", meaning=True
+    )
+    quant_policy: Count = option(
+        0, "How the k/v cache is quantised, by LMDeploy's numbers: 8 and 4 (bits), 16 (FP8).", meaning=True, metavar="N"
+    )
+    chat_template: str | None = option(
+        None, "A chat template that LMDeploy knows by name, or a JSON file. [default: the model's]", meaning=True
     )
 
 
@@ -162,7 +192,7 @@ class OutputOptions:
 
 GROUPS = (
     ManifestOptions, PromptOptions, FetchOptions, ImageOptions,
-    ModelOptions, SamplingOptions, EngineOptions, OutputOptions,
+    ModelOptions, SamplingOptions, EngineOptions, LmdeployOptions, OutputOptions,
 )  # fmt: skip
 
 
@@ -177,6 +207,7 @@ class RunOptions:
     model: ModelOptions = ModelOptions()
     sampling: SamplingOptions = SamplingOptions()
     engine: EngineOptions = EngineOptions()
+    lmdeploy: LmdeployOptions = LmdeployOptions()
     output: OutputOptions = OutputOptions()
 
     @classmethod

@@ -29,6 +29,10 @@ class EngineSpec(Struct, frozen=True):
     """The run's default: what the engine cannot honour of it is an error before start."""
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     """The engine's own, of `--engine-option`."""
+    lmdeploy: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The options of `LmdeployOptions`, by name."""
+    hang_timeout: float = 300.0
+    """Seconds without progress after which the engine may take itself for hung."""
 
 
 class EngineInfo(Struct, frozen=True):
@@ -38,7 +42,7 @@ class EngineInfo(Struct, frozen=True):
     version: str
     model: str
     backend: str = ""
-    """What computes: "cpu", "cuda:0 NVIDIA H200", "turbomind", …"""
+    """What really computes: "cpu", "cuda:0 NVIDIA H200", "turbomind on NVIDIA H200", …"""
     revision: str | None = None
     template_sha256: str | None = None
     """Of the chat template, since answers depend on it."""
@@ -49,6 +53,8 @@ class EngineInfo(Struct, frozen=True):
     """Rows of a list."""
     lists_open: int = 2
     """How many lists keep the engine busy: while it answers one, the next lies ready."""
+    notes: tuple[str, ...] = ()
+    """What a user should know: where the engine does other than was asked, and why."""
 
 
 class Engine(Protocol):

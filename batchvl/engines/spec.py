@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from typing import Any
 
 import msgspec
 
 from .. import shapes
 from ..errors import OptionError
-from ..options import RunOptions
+from ..options import LmdeployOptions, RunOptions, default, flag
 from ..sampling import sampling
 from .protocol import EngineSpec
 
 
 def spec_of(options: RunOptions) -> EngineSpec:
-    """The spec of the engine that `options` name. Raises OptionError where an --engine-option is none."""
+    """The spec of the engine that `options` name.
+
+    Raises OptionError where an --engine-option is none, or an option is for another engine.
+    """
     model, engine = options.model, options.engine
+    if engine.engine != "lmdeploy":
+        for field in fields(LmdeployOptions):
+            if getattr(options.lmdeploy, field.name) != default(field):
+                raise OptionError(f"{flag(field.name)}: is for the engine lmdeploy; this run's is {engine.engine}")
     return EngineSpec(
         engine=engine.engine,
         model=str(shapes.MODEL) if model.model == "shapes" else model.model,
@@ -27,6 +35,8 @@ def spec_of(options: RunOptions) -> EngineSpec:
         device=engine.device,
         sampling=sampling(options.sampling),
         options=dict(key_value(option) for option in engine.engine_option),
+        lmdeploy=asdict(options.lmdeploy) if engine.engine == "lmdeploy" else {},
+        hang_timeout=float(engine.hang_timeout),
     )
 
 
