@@ -22,7 +22,8 @@
     │   ├── NotAPicture, TruncatedPicture, CorruptPicture, TooManyPixels, TooManyPictures, PrepareTimeout,
     │   │   PrepareCrashed, PrepareFailed, TooLarge
     └── InferError                   stage "engine"
-        ├── ContextLengthExceeded, EngineFailed, EngineCrashed, RowTimeout, Unsupported, GaveUpWaiting
+        ├── ContextLengthExceeded, RequestRefused, EngineFailed, EngineCrashed, RowTimeout, Unsupported,
+        │   GaveUpWaiting
 
 A RowError's `code` goes into the output column `error.code` and never changes once released.
 """
@@ -287,6 +288,12 @@ class ContextLengthExceeded(InferError):
     """Prompt, pictures and history have more tokens than the model's context holds."""
 
     code = "context_length_exceeded"
+
+
+class RequestRefused(InferError):
+    """The engine takes the row's request for invalid. The message quotes it."""
+
+    code = "request_refused"
 
 
 class EngineFailed(InferError):

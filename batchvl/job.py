@@ -75,7 +75,7 @@ class Job:
     """One run of one shard of a manifest."""
 
     def __init__(self, source: str, options: RunOptions, *, quiet: bool = False) -> None:
-        engine: Any = choose(options.engine.engine)
+        engine: Any = choose(options.engine.engine, options.engine.device)
         self.options = options = replace(options, engine=replace(options.engine, engine=engine))
         self.source, self.quiet, self.shard = source, quiet, options.manifest.shard
         self.folder = Path(options.output.output or _beside(source))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping
 
 from ..errors import EngineUnavailable
 from .protocol import EngineFactory
 
 ENGINES: Mapping[str, str] = {
+    "lmdeploy": "batchvl.engines.lmdeploy:LmdeployEngine",
     "transformers": "batchvl.engines.transformers:TransformersEngine",
     "fake": "batchvl.engines.fake:FakeEngine",
 }
@@ -19,21 +22,34 @@ PRELOADS: Mapping[str, str] = {"transformers": "batchvl.engines.transformers.pre
 """The module of an engine's preparation, where importing it takes long."""
 
 
-def choose(name: str) -> str:
-    """The engine that a run uses; "auto" is the best that is installed here.
+def choose(name: str, device: str = "auto") -> str:
+    """The engine that a run uses; "auto" is the best for what is installed here: lmdeploy where there is a GPU.
 
     Raises EngineUnavailable naming what is missing and the alternatives.
     """
     if name != "auto":
         return name
-    missing = [library for library in ("torch", "transformers") if importlib.util.find_spec(library) is None]
-    if not missing:
+    if not _missing("lmdeploy", "torch") and device != "cpu" and _has_gpu():
+        return "lmdeploy"
+    if not (missing := _missing("torch", "transformers")):
         return "transformers"
     raise EngineUnavailable(
         f"no engine can run here: found no {' and no '.join(missing)} in this Python.\n"
+        "  pip install 'batchvl[lmdeploy]'       runs InternVL and many others on an NVIDIA GPU, the fastest way\n"
         "  pip install 'batchvl[transformers]'   runs Hugging Face models on a CPU or a GPU\n"
         "  --engine fake                         answers nothing sensible, for trying out a manifest"
     )
+
+
+def _missing(*libraries: str) -> list[str]:
+    return [library for library in libraries if importlib.util.find_spec(library) is None]
+
+
+def _has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU to see, without the libraries that could use it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
+        return False
+    return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/dxg")  # the latter is Windows' subsystem
 
 
 def factory(name: str) -> EngineFactory:

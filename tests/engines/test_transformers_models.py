@@ -12,8 +12,9 @@ import torch
 
 from batchvl.engines.protocol import EngineSpec
 from batchvl.engines.transformers import TransformersEngine
-from batchvl.engines.transformers.checkpoint import find
-from batchvl.engines.transformers.device import choose_device, choose_dtype, wait_for_memory
+from batchvl.engines.checkpoint import find
+from batchvl.engines.gpu import wait_for_memory
+from batchvl.engines.transformers.device import choose_device, choose_dtype
 from batchvl.engines.transformers.families import Patches, Splits, Tiles, recognise
 from batchvl.engines.transformers.preparation import ProcessorPreparation
 from batchvl.errors import EngineUnavailable, ModelError, OptionError, Unsupported
@@ -266,16 +267,15 @@ def test_arrays_can_be_written_as_they_lie(folders):
 
 
 def test_memory_that_a_dead_process_held_is_waited_for(monkeypatch):
-    device, module = torch.device("cuda", 0), "batchvl.engines.transformers.device"
+    module = "batchvl.engines.gpu"
     free = iter([(1, 100), (1, 100), (50, 100)])
     naps = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(free))
     monkeypatch.setattr(f"{module}.time.sleep", naps.append)
-    wait_for_memory(device, 40)
+    wait_for_memory(0, 40)
     assert len(naps) == 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
-    wait_for_memory(device, 101)
+    wait_for_memory(0, 101)
     assert len(naps) == 2, "it would never come"
     monkeypatch.setattr(f"{module}.MEMORY_SECONDS", 0.0)
-    wait_for_memory(device, 40)
-    wait_for_memory(torch.device("cpu"), 40)
+    wait_for_memory(0, 40)

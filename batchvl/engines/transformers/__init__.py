@@ -5,7 +5,7 @@ checkpoints), Qwen2-VL and Qwen2.5-VL, SmolVLM and Idefics3; another model is re
 
     engine.py        the engine's contract; imports neither torch nor transformers
     loading.py       a model's name to a model that answers
-    checkpoint.py    a folder or a hub's name to a checked folder
+    configuration.py whether a model can be served
     device.py        where to compute, and in which type
     processor.py     the model's processor for text and pictures, without torchvision
     preparation.py   one request to tokens and pixels, in an image worker

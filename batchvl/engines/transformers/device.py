@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 
 import torch
 
 from ...errors import EngineUnavailable, OptionError
 from ...resources import cpus
 
-MEMORY_SECONDS = 60.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -48,18 +46,6 @@ def choose_dtype(wanted: str, device: torch.device) -> str:
 def describe(device: torch.device) -> str:
     """For people: "cpu", "cuda:0 NVIDIA H200"."""
     return "cpu" if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}"
-
-
-def wait_for_memory(device: torch.device, wanted: int) -> None:
-    """Returns once a GPU has `wanted` bytes free, or after MEMORY_SECONDS: what a process that has just died there held
-    may take a moment to come back. A GPU that is too small altogether is not waited for.
-    """
-    until = time.monotonic() + MEMORY_SECONDS
-    while device.type == "cuda" and time.monotonic() < until:
-        free, total = torch.cuda.mem_get_info(device)
-        if free >= wanted or total < wanted:
-            return
-        time.sleep(0.5)
 
 
 def default_threads() -> int:

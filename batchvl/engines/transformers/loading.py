@@ -13,10 +13,12 @@ from transformers import AutoModelForImageTextToText
 from ...errors import EngineUnavailable, ModelError
 from ...images.preparation import PreparationSpec
 from ...request import Message, Part, Request, Sampling
+from ..checkpoint import find
+from ..gpu import wait_for_memory
 from ..protocol import EngineInfo, EngineSpec
-from .checkpoint import configuration, context_length, find
+from .configuration import configuration, context_length
 from .conversation import Conversation, Vocabulary
-from .device import DTYPES, choose_device, choose_dtype, default_threads, describe, wait_for_memory
+from .device import DTYPES, choose_device, choose_dtype, default_threads, describe
 from .generation import Generation
 from .preparation import ProcessorPreparation
 from .processor import template_sha256
@@ -89,7 +91,8 @@ class Resolved:
         return Loaded(info, generation, words)
 
     def _weights(self, attention: str | None) -> Any:
-        wait_for_memory(self._device, self._checkpoint.weight_bytes)
+        if self._device.type == "cuda":
+            wait_for_memory(self._device.index, self._checkpoint.weight_bytes)
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 self._checkpoint.path,

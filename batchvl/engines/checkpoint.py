@@ -1,8 +1,7 @@
-"""A model's name to a folder with its files, and whether this engine can serve it."""
+"""A model's name to a folder with its files, for the engines that load a model themselves."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from ...errors import ModelError
+from ..errors import ModelError
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 NOT_FILES = ("original/*", "onnx/*", "consolidated*")
@@ -80,43 +76,11 @@ def find(model: str, revision: str | None = None, code: bool = False) -> Checkpo
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelError(
             f"{where}: no such folder here, not in the hub's cache, and the Hugging Face hub cannot be reached: "
-            f"give a folder, or download the model beforehand with `hf download {model}` ({_first_line(error)})"
+            f"give a folder, or download the model beforehand with `hf download {model}` ({first_line(error)})"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{where}: downloading from the Hugging Face hub failed: {_first_line(error)}") from None
+        raise ModelError(f"{where}: downloading from the Hugging Face hub failed: {first_line(error)}") from None
     return _checked(Checkpoint(found, Path(found).name), model)
-
-
-def configuration(checkpoint: Checkpoint, model: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's configuration, once it is clear that transformers can serve it. Raises ModelError."""
-    raw = json.loads((Path(checkpoint.path) / "config.json").read_text())
-    kind, remote = raw.get("model_type"), raw.get("auto_map", {})
-    if kind == "internvl_chat" or "InternVLChatModel" in raw.get("architectures", []):
-        raise ModelError(
-            f"{model}: an InternVLChatModel is not served by transformers: take the model's `-hf` conversion "
-            "(such as OpenGVLab/InternVL3-1B-hf) or another engine (--engine lmdeploy)"
-        )
-    if kind not in CONFIG_MAPPING_NAMES and not remote:
-        raise ModelError(f"{model}: this version of transformers does not know models of type {kind!r}")
-    if kind not in CONFIG_MAPPING_NAMES and not trust_remote_code:
-        raise ModelError(
-            f"{model}: models of type {kind!r} come with Python code of their own, which would run here: "
-            "read it, then give --trust-remote-code"
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(f"{model}: config.json cannot be read: {_first_line(error)}") from error
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and "AutoModelForImageTextToText" not in remote:
-        architectures = ", ".join(raw.get("architectures") or [str(kind)])
-        raise ModelError(f"{model}: {architectures} does not answer questions about pictures (no image-text-to-text)")
-    return config
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens that the model's language half has positions for; None where it does not say."""
-    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length
 
 
 def _checked(checkpoint: Checkpoint, model: str) -> Checkpoint:
@@ -127,5 +91,6 @@ def _checked(checkpoint: Checkpoint, model: str) -> Checkpoint:
     return checkpoint
 
 
-def _first_line(error: Any) -> str:
+def first_line(error: Any) -> str:
+    """What an error says, for a message that has room for one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

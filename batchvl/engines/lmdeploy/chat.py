@@ -1,0 +1,61 @@
+"""Messages in LMDeploy's form: OpenAI's, with pictures as PIL images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...errors import OptionError
+from ...request import Message
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+INTERNVL = {"InternVLChatModel", "InternVLForConditionalGeneration", "InternS1ForConditionalGeneration"}
+QWEN = {"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"}
+TILE_PIXELS = 448 * 448
+"""What counts as a tile for models that do not cut pictures into tiles of their own."""
+
+
+def picture_settings(architecture: str, max_tiles: int | None) -> dict[str, int]:
+    """What goes along with each picture for at most `max_tiles` tiles of it. Raises OptionError.
+
+    InternVL's Hugging Face form is limited in its processor instead: see `Resolved.load`.
+    """
+    if max_tiles is None or architecture in INTERNVL - {"InternVLChatModel"}:
+        return {}
+    if architecture == "InternVLChatModel":
+        return {"max_dynamic_patch": max_tiles}
+    if architecture in QWEN:
+        return {"max_pixels": max_tiles * TILE_PIXELS}
+    raise OptionError(f"--max-tiles: LMDeploy has no such setting for {architecture}; want InternVL or Qwen2-VL")
+
+
+class Chat:
+    """Makes LMDeploy's messages of ours.
+
+    LMDeploy writes `<img>…</img>` and a line feed for each picture of an InternVL. A text that goes on with a line feed
+    behind a picture, as `Image-1: <IMAGE_TOKEN>\\nImage-2: …` in InternVL's documentation, has brought it already.
+    """
+
+    def __init__(self, architecture: str, settings: Mapping[str, int]) -> None:
+        self._breaks_lines = architecture in INTERNVL
+        self._settings = dict(settings)
+
+    def messages(self, messages: Iterable[Message], picture: Callable[[int], Image]) -> list[dict[str, Any]]:
+        """`picture` gives the row's picture with a number."""
+        return [{"role": message.role, "content": self._content(message, picture)} for message in messages]
+
+    def _content(self, message: Message, picture: Callable[[int], Image]) -> str | list[dict[str, Any]]:
+        if all(part.image is None for part in message.parts):
+            return "".join(part.text or "" for part in message.parts)
+        content: list[dict[str, Any]] = []
+        for part in message.parts:
+            if part.image is not None:
+                content.append({"type": "image_data", "image_data": {"data": picture(part.image), **self._settings}})
+            elif text := self._text(part.text or "", after_picture=bool(content) and content[-1]["type"] != "text"):
+                content.append({"type": "text", "text": text})
+        return content
+
+    def _text(self, text: str, *, after_picture: bool) -> str:
+        return text.removeprefix("\n") if after_picture and self._breaks_lines else text

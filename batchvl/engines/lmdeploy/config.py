@@ -1,0 +1,110 @@
+"""Which of LMDeploy's engines runs, and how it is configured."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from ...errors import EngineUnavailable, ModelError, OptionError
+from ..checkpoint import first_line
+from ..protocol import EngineSpec
+from .chat import INTERNVL
+from .libraries import turbomind_missing
+
+MOST_ROWS = 256
+"""Rows that the engine computes at once, unless max_batch_size says otherwise: where speed stops growing with them."""
+KNOWN_HEADS = (64, 128)
+"""Sizes of vision heads that TurboMind has kernels for. Of another it aborts the process."""
+
+
+def choose_backend(wanted: str, model: str, path: str, config: Any, trust_remote_code: bool) -> tuple[str, str | None]:
+    """ "turbomind" or "pytorch", and for "auto" a note why it is not TurboMind.
+
+    config: the model's. Raises EngineUnavailable where TurboMind was asked for and does not load, ModelError where it
+    does not serve the model.
+    """
+    if wanted == "pytorch":
+        return "pytorch", None
+    if missing := turbomind_missing():
+        if wanted == "turbomind":
+            raise EngineUnavailable(f"--backend turbomind: {missing}; --backend pytorch does without")
+        return "pytorch", f"the backend is pytorch, slower than TurboMind, which does not load here: {missing}"
+    why = _not_served(path, config, trust_remote_code)
+    if why is None and wanted == "auto":
+        why = _not_safe(config)
+    if why is None:
+        return "turbomind", None
+    if wanted == "turbomind":
+        raise ModelError(f"{model}: TurboMind does not serve it: {why}; --backend pytorch may")
+    return "pytorch", f"the backend is pytorch, since TurboMind does not serve {model}: {why}"
+
+
+def _not_served(path: str, config: Any, trust_remote_code: bool) -> str | None:
+    from lmdeploy.turbomind.supported_models import SUPPORTED_ARCHS, is_supported
+
+    architecture = config.architectures[0]
+    if not is_supported(path, trust_remote_code=trust_remote_code):
+        return f"it knows no {architecture}"
+    if architecture not in INTERNVL:
+        return None
+    if architecture == "InternVLChatModel" and getattr(config, "ps_version", None) != "v2":
+        return "it wants an InternVLChatModel of ps_version v2"
+    inner = (getattr(text_config(config), "architectures", None) or ["nothing"])[0]
+    return None if inner in SUPPORTED_ARCHS else f"of its language half, {inner}, it knows nothing"
+
+
+def _not_safe(config: Any) -> str | None:
+    if config.architectures[0] not in INTERNVL:
+        return None
+    vision = config.vision_config
+    vision = vision if isinstance(vision, dict) else vision.to_dict()
+    size = vision["hidden_size"] // vision["num_attention_heads"]
+    return None if size in KNOWN_HEADS else f"its vision heads have {size} numbers, and not {KNOWN_HEADS[0]} or 128"
+
+
+def text_config(config: Any) -> Any:
+    """The language half's part of a model's configuration."""
+    return getattr(config, "llm_config", None) or getattr(config, "text_config", None) or config
+
+
+def engine_config(spec: EngineSpec, backend: str) -> Any:
+    """LMDeploy's TurbomindEngineConfig or PytorchEngineConfig of the run's options.
+
+    Raises OptionError for an --engine-option that there is none of, or a value that it cannot have.
+    """
+    from lmdeploy import PytorchEngineConfig, TurbomindEngineConfig
+    from lmdeploy.utils import get_max_batch_size
+    from pydantic import TypeAdapter, ValidationError
+
+    kind = TurbomindEngineConfig if backend == "turbomind" else PytorchEngineConfig
+    names = {field.name for field in fields(kind)}
+    flags = {name: value for name, value in spec.lmdeploy.items() if name not in ("backend", "chat_template")}
+    for name in spec.options:
+        if name in flags or name == "dtype":
+            raise OptionError(f"--engine-option {name}: give it as --{name.replace('_', '-')}")
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else f"; it knows {', '.join(sorted(names))}"
+            raise OptionError(f"--engine-option {name}: is no field of LMDeploy's {kind.__name__}{hint}")
+    values = {
+        "dtype": spec.dtype,
+        "enable_metrics": False,  # wants a library of its own, and counts what nobody reads
+        **{name: value for name, value in flags.items() if value is not None},
+        **spec.options,
+    }
+    if "max_batch_size" not in values:
+        values["max_batch_size"] = min(MOST_ROWS, get_max_batch_size("cuda"))
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"])) or _named(str(found["msg"]), values)
+        raise OptionError(f"LMDeploy's {kind.__name__} refuses {where}: {found['msg']}") from None
+    except (AssertionError, TypeError, ValueError) as error:
+        raise OptionError(f"LMDeploy's {kind.__name__}: {first_line(error)}") from None
+
+
+def _named(message: str, values: dict[str, Any]) -> str:
+    """The settings that a message of LMDeploy's own checks speaks of."""
+    return ", ".join(f"{name}={value}" for name, value in values.items() if name in message) or "these settings"

@@ -1,0 +1,141 @@
+"""One row on its way through LMDeploy: its turns, the answer being given, its end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ContextLengthExceeded, RowError, RowTimeout
+from ...images.arena import ArenaView
+from ...request import Failure, Message, Part, Request, Response
+from . import pictures
+from .failures import ended, failure
+from .sampling import Stops, settings
+
+if TYPE_CHECKING:
+    from .model import Loaded
+
+PATIENCE = 2.0
+"""Seconds that an aborted row has to end in order. LMDeploy's own abort does nothing for one that is not begun yet."""
+
+
+class Conversation:
+    """A request's state; all of it lives on the loop of LMDeploy's pipeline.
+
+    The pictures stay where they lie until the row is over, and every turn takes them from there.
+    """
+
+    def __init__(self, request: Request, model: Loaded, arena: ArenaView) -> None:
+        self._request, self._model, self._arena = request, model, arena
+        self._asked = list(request.messages)
+        self._texts: list[str] = []
+        self._input_tokens = self._output_tokens = 0
+        self._cut = self._aborted = False
+        self._session: Any = None
+        self._task: asyncio.Task[Response] | None = None
+
+    async def answer(self) -> Response:
+        """All turns. Raises EngineLost where LMDeploy's engine is gone."""
+        self._task = asyncio.current_task()
+        try:
+            await self._turn()
+            for message in self._request.followups:
+                self._asked += (Message("assistant", (Part(text=self._texts[-1]),)), message)
+                await self._turn()
+        except RowError as error:
+            return self._response(error)
+        except asyncio.CancelledError:
+            if not self._aborted:
+                raise
+            return self._response(RowTimeout("aborted"))
+        return self._response()
+
+    async def abort(self) -> None:
+        """Ends the row, wherever it is, and returns once it has ended."""
+        self._aborted = True
+        while self._task is None or not self._task.done():
+            if self._session is not None:
+                await self._session.async_abort()
+            if self._task is not None and not (await asyncio.wait([self._task], timeout=PATIENCE))[0]:
+                self._task.cancel()
+            await asyncio.sleep(0)
+
+    async def _turn(self) -> None:
+        if self._aborted:
+            raise RowTimeout("aborted")
+        model = self._model
+        count = sum(part.image is not None for message in self._asked for part in message.parts)
+        taken = await model.room.take_pictures(count)
+        self._session = model.sessions.get()
+        try:
+            text = await self._ask()
+        finally:
+            model.sessions.remove(self._session)
+            self._session = None
+            model.room.give(taken)
+        self._texts.append(text)
+
+    async def _ask(self) -> str:
+        from lmdeploy import GenerationConfig
+        from lmdeploy.serve.core import RequestError
+
+        model, sampling = self._model, self._request.sampling
+        stops = Stops(text for text in sampling.stop if text not in model.special)
+        text, reason, cut, tokens = "", None, None, 0
+        try:
+            wanted = GenerationConfig(**settings(sampling, model.stop_ids, model.special))
+            async with model.preparing:
+                messages = await self._messages()
+                prepared = await model.engine.preprocess(messages, self._session, gen_config=wanted)
+                del messages  # its pictures are pixels now
+            model.room.saw(prepared)
+            left = model.engine.session_len - prepared.input_token_len
+            prepared.gen_config.max_new_tokens = min(prepared.gen_config.max_new_tokens, left)
+            self._input_tokens += prepared.input_token_len
+            async with aclosing(model.engine.generate(prepared, stream_response=bool(stops))) as outputs:
+                async for out in outputs:
+                    model.steps += 1
+                    if cut is not None:
+                        continue
+                    text, tokens, reason = text + out.response, out.generate_token_len, out.finish_reason or reason
+                    cut = stops.cut(text) if stops else None
+                    if cut is not None:
+                        await self._session.async_abort()
+        except RequestError as error:
+            found = failure(error.code.value, error.message, error.__cause__)
+            if isinstance(found, ContextLengthExceeded):
+                found = ContextLengthExceeded(self._too_long(error.message))
+            raise found from error
+        finally:
+            self._output_tokens += tokens
+        if self._aborted:
+            raise RowTimeout("aborted")
+        if cut is None and reason not in ("stop", "length"):
+            raise ended(reason)
+        self._cut |= cut is None and reason == "length"
+        return text if cut is None else cut
+
+    async def _messages(self) -> list[dict[str, Any]]:
+        """LMDeploy's messages. Copying a large picture takes long enough to be no work for the loop."""
+        copying = asyncio.ensure_future(asyncio.to_thread(self._model.chat.messages, self._asked, self._picture))
+        try:
+            return await asyncio.shield(copying)
+        finally:
+            await asyncio.wait([copying])  # an aborted row's pictures are not read once its end is told
+
+    def _picture(self, number: int) -> Any:
+        return pictures.read(self._request, number, self._arena)
+
+    def _too_long(self, said: str) -> str:
+        return f"{said} --session-len sets that, as far as the model and the GPU's memory go"
+
+    def _response(self, error: RowError | None = None) -> Response:
+        return Response(
+            self._request.row,
+            tuple(self._texts),
+            None if error else "length" if self._cut else "stop",
+            self._input_tokens,
+            self._output_tokens,
+            Failure.of(error) if error else None,
+        )

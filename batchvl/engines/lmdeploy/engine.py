@@ -1,0 +1,187 @@
+"""The lmdeploy engine: its side of the contract. Imports torch and LMDeploy only once it is started."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ...errors import EngineLost, EngineUnavailable, OptionError
+from ...images.arena import ArenaView
+from ...images.preparation import PreparationSpec
+from ...request import Request, Response
+from ..protocol import EngineInfo, EngineSpec
+from .sampling import HOTTEST
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
+    from .model import Loaded, Resolved
+
+PROBE_SECONDS = 1.0
+
+
+class LmdeployEngine:
+    """Hands rows to LMDeploy's pipeline, on the pipeline's own event loop; this process's other loop only talks.
+
+    So a loop of LMDeploy's that stands still does not keep this one from hearing, and the runner sees that `steps`
+    stand still. Counts of tokens are of prompt and pictures, summed over the turns, and of the answers.
+    """
+
+    def __init__(self, spec: EngineSpec, arena: ArenaView) -> None:
+        self._spec, self._arena = spec, arena
+        if spec.dtype == "float32":
+            raise OptionError("--dtype float32: LMDeploy computes in float16 or bfloat16")
+        if spec.sampling.temperature > HOTTEST:
+            raise OptionError(f"--temperature {spec.sampling.temperature:g}: LMDeploy takes {HOTTEST:g} at most")
+        _narrow(spec.device, spec.lmdeploy["tp"])
+        self._resolved: Resolved | None = None
+        self._model: Loaded | None = None
+        self._thread = ThreadPoolExecutor(1, "lmdeploy")
+        self._rows: dict[int, Conversation] = {}  # for the pipeline's loop
+        self._tasks: set[asyncio.Task[None]] = set()  # likewise
+        self._open: set[asyncio.Queue[Response | BaseException]] = set()
+        self._watching: asyncio.Task[None] | None = None
+        self._ticks = 0
+
+    @property
+    def steps(self) -> int:
+        """Grows with every output of LMDeploy and every round of its scheduler."""
+        return self._ticks + (self._model.steps if self._model else 0)
+
+    async def resolve(self) -> PreparationSpec:
+        """Finds or downloads the model and reads its configuration, template and tokenizer.
+
+        Raises EngineUnavailable where a library or the GPU is missing, OptionError for settings that cannot be,
+        ModelError for a model that is not found or not served.
+        """
+        self._resolved = await asyncio.get_running_loop().run_in_executor(self._thread, self._resolve)
+        return self._resolved.preparation_spec
+
+    async def start(self) -> EngineInfo:
+        """Loads the weights and asks a first question."""
+        loop = asyncio.get_running_loop()
+        if self._resolved is None:
+            await self.resolve()
+        assert self._resolved is not None
+        self._model = await loop.run_in_executor(self._thread, self._resolved.load)
+        self._watching = loop.create_task(self._watch(self._model))
+        return self._model.info
+
+    async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
+        assert self._model is not None, "infer before start"
+        loop = asyncio.get_running_loop()
+        answers: asyncio.Queue[Response | BaseException] = asyncio.Queue()
+
+        def emit(answer: Response | BaseException) -> None:
+            loop.call_soon_threadsafe(answers.put_nowait, answer)
+
+        self._open.add(answers)
+        left = {request.row for request in requests}
+        self._model.loop.call_soon_threadsafe(self._begin, requests, emit)
+        try:
+            while left:
+                answer = await answers.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                left.discard(answer.row)
+                yield answer
+        finally:
+            self._open.discard(answers)
+            for row in left:  # nobody listens any more
+                self._on_pipeline(self._abort(row))
+
+    async def abort(self, row: int) -> None:
+        self._on_pipeline(self._abort(row))
+
+    async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._model is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._model.pipe.close)
+        self._thread.shutdown(wait=False)
+        self._model = self._resolved = None
+
+    def _resolve(self) -> Resolved:
+        try:
+            from .model import Resolved
+        except ImportError as error:
+            raise EngineUnavailable(
+                f"the engine lmdeploy needs a library that is missing here ({error}): "
+                "pip install 'batchvl[lmdeploy]', or take another engine with --engine"
+            ) from error
+        return Resolved(self._spec)
+
+    def _begin(self, requests: list[Request], emit: Callable[[Response | BaseException], None]) -> None:
+        """On the pipeline's loop: each row of a list on its way."""
+        from .conversation import Conversation
+
+        assert self._model is not None
+        for request in requests:
+            row = self._rows[request.row] = Conversation(request, self._model, self._arena)
+            task = asyncio.get_running_loop().create_task(self._answer(request.row, row, emit))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, number: int, row: Conversation, emit: Callable[[Response | BaseException], None]) -> None:
+        try:
+            emit(await row.answer())
+        except Exception as error:  # of the engine, not of the row: that is a response
+            emit(error)
+        finally:
+            del self._rows[number]
+
+    async def _abort(self, row: int) -> None:
+        if (conversation := self._rows.get(row)) is not None:
+            await conversation.abort()
+
+    def _on_pipeline(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._model is None:
+            work.close()
+        else:
+            asyncio.run_coroutine_threadsafe(work, self._model.loop)
+
+    async def _watch(self, model: Loaded) -> None:
+        """Looks every second whether LMDeploy's engine lives and gets on, and ends all open lists if not."""
+        told = None
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            with suppress(TimeoutError):  # its loop stands still: then so do the steps, and the runner sees that
+                tick, health = await asyncio.wait_for(self._probe(model), self._spec.hang_timeout)
+                self._ticks += tick != told
+                told = tick
+                if health["status"] == "unhealthy":
+                    faulthandler.dump_traceback(all_threads=True)
+                    lost = EngineLost(f"LMDeploy's engine is not well: {health['message']}")
+                    for answers in self._open:
+                        answers.put_nowait(lost)
+
+    async def _probe(self, model: Loaded) -> tuple[int, dict[str, Any]]:
+        async def ask() -> tuple[int, dict[str, Any]]:
+            metrics = await model.engine.get_schedule_metrics()
+            return metrics.scheduler_tick, await model.engine.health_probe(self._spec.hang_timeout)
+
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(ask(), model.loop))
+
+
+def _narrow(device: str, tp: int) -> None:
+    """Leaves this process the GPU that `--device` names, before CUDA is asked for any. Raises OptionError."""
+    number = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if device != "auto" and not number:
+        raise OptionError(f"--device {device}: want auto, cuda or cuda:N for the engine lmdeploy")
+    if number is None or number[1] is None:
+        return
+    if tp > 1:
+        raise OptionError(
+            f"--device {device}: names one GPU, and --tp {tp} wants more; CUDA_VISIBLE_DEVICES names several"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    index = int(number[1])
+    if names is not None and index >= len(names):
+        raise OptionError(f"--device {device}: CUDA_VISIBLE_DEVICES={visible} leaves {len(names)}, from cuda:0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[index] if names is not None else str(index)

@@ -1,0 +1,271 @@
+"""From a model's name to a pipeline that answers: first what it is, then its weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import lmdeploy
+from lmdeploy.archs import check_vl_llm, get_model_arch
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from ...budget import Budget
+from ...errors import EngineUnavailable, ModelError, OptionError, UsageError
+from ...images.preparation import PreparationSpec
+from ...resources import memory
+from .. import gpu
+from ..checkpoint import Checkpoint, find, first_line
+from ..protocol import EngineInfo, EngineSpec
+from .chat import Chat, picture_settings
+from .config import choose_backend, engine_config
+from .template import Template
+
+SERIES = "0.18."
+"""The LMDeploy that all here was read and measured with."""
+LIST = 32
+PREPARING = 8
+"""Rows whose pictures are being made tiles of: LMDeploy does that one by one, and the rest wait as they came."""
+PICTURE_BYTES = 16 * 2**20
+"""What a picture's tiles are taken for until the first is seen: InternVL's 13 in two bytes a number."""
+MARKS = ("<img>", "</img>", "<IMG_CONTEXT>", "<image>")
+"""What stands for a picture in a prompt, where tokenizers do not call it special."""
+
+
+class Room(Budget):
+    """Memory for pictures' tiles, from LMDeploy's preparation of a row to its answer. For one event loop."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._largest = PICTURE_BYTES
+        self._seen = False
+
+    async def take_pictures(self, count: int) -> int:
+        """Takes room for so many pictures; how many bytes, to be given back."""
+        amount = count * self._largest
+        await self.take(amount)
+        return amount
+
+    def saw(self, prepared: Any) -> None:
+        """Learns from a prepared request how much its pictures' tiles take."""
+        found = prepared.inputs.get("multimodal") or []
+        largest = max((_bytes(item) for item in found), default=0)
+        if largest:
+            self._largest = max(largest, self._largest) if self._seen else largest
+            self._seen = True
+
+
+def _bytes(item: Any) -> int:
+    values = item.values() if isinstance(item, dict) else ()
+    return sum(int(value.nbytes) for value in values if hasattr(value, "nbytes"))
+
+
+class Loaded:
+    """A pipeline that answers. `preparing`, `room` and `steps` are for its own loop."""
+
+    def __init__(self, pipe: Any, info: EngineInfo, chat: Chat, special: dict[str, int]) -> None:
+        self.pipe, self.info, self.chat, self.special = pipe, info, chat, special
+        self.engine, self.sessions, self.loop = pipe.async_engine, pipe.session_mgr, pipe.internal_thread.loop
+        self.stop_ids: list[int] = self.engine.stop_words or []
+        self.preparing = asyncio.Semaphore(PREPARING)
+        self.room = Room(max(memory() // 8, 2**30))
+        self.steps = 0
+
+
+class Resolved:
+    """A model's files, its template, and which of LMDeploy's engines is going to run it; its weights are not loaded.
+
+    Raises a UsageError for a model that is not found or not served, a GPU or a library that is missing, and settings
+    that cannot be.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._notes: list[str] = []
+        if not lmdeploy.__version__.startswith(SERIES):
+            self._note(f"LMDeploy {lmdeploy.__version__}: batchvl was made with and for {SERIES}x")
+        tp = spec.lmdeploy["tp"]
+        if not gpu.count():
+            raise EngineUnavailable(
+                "the engine lmdeploy needs an NVIDIA GPU, and torch finds none here (`batchvl doctor` says more); "
+                "--engine transformers runs on a CPU"
+            )
+        if tp > gpu.count():
+            raise EngineUnavailable(f"--tp {tp}: found {gpu.count()} GPUs here")
+        self._checkpoint = find(spec.model, spec.revision, spec.trust_remote_code)
+        path, trust = self._checkpoint.path, spec.trust_remote_code
+        self._hf_config = _configuration(self._checkpoint, spec.model, trust)
+        architecture = self._hf_config.architectures[0]
+        self._backend, note = choose_backend(spec.lmdeploy["backend"], spec.model, path, self._hf_config, trust)
+        self._note(note)
+        if not check_vl_llm(self._backend, self._hf_config.to_dict()):
+            raise ModelError(
+                f"{spec.model}: {architecture} is not served by LMDeploy as a model for pictures; --engine transformers may"
+            )
+        self._config = engine_config(spec, self._backend)
+        self._template = Template(path, spec.lmdeploy["chat_template"], trust)
+        self._note(self._template.note)
+        self._chat = Chat(architecture, picture_settings(architecture, spec.max_tiles))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        self._special = _special_tokens(tokenizer)
+        self.preparation_spec = PreparationSpec(
+            "batchvl.engines.lmdeploy.pictures:Pictures", special_tokens=tuple(self._special)
+        )
+
+    def load(self) -> Loaded:
+        """Loads the weights and asks for one token about a blank picture, so that what cannot work fails here.
+
+        Raises EngineUnavailable where they do not fit or something is missing, ModelError where LMDeploy fails over
+        the model.
+        """
+        weights = self._checkpoint.weight_bytes // self._spec.lmdeploy["tp"]
+        gpu.wait_for_memory(0, weights)
+        with _Complaints() as complaints:
+            try:
+                pipe = lmdeploy.pipeline(
+                    self._checkpoint.path,
+                    backend_config=self._config,
+                    chat_template_config=self._template.config,
+                    trust_remote_code=self._spec.trust_remote_code,
+                )
+                self._limit_tiles(pipe)
+                self._try(pipe)
+            except UsageError:
+                raise
+            except (Exception, SystemExit) as error:  # LMDeploy's checks of its surroundings call exit()
+                raise self._refusal(error, complaints) from error
+        backend = pipe.async_engine.backend
+        if backend != self._backend:
+            raise EngineUnavailable(f"LMDeploy runs its engine {backend} although {self._backend} was asked for")
+        return Loaded(pipe, self._info(pipe), self._chat, self._special)
+
+    def _info(self, pipe: Any) -> EngineInfo:
+        engine, size = pipe.async_engine, self._spec.batch_size or LIST
+        rows = engine.backend_config.max_batch_size
+        encoder = getattr(engine, "vl_encoder", None)
+        return EngineInfo(
+            engine="lmdeploy",
+            version=lmdeploy.__version__,
+            model=self._spec.model,
+            backend=f"{engine.backend} on {gpu.name()}" + (f" x {self._config.tp}" if self._config.tp > 1 else ""),
+            revision=self._checkpoint.revision,
+            template_sha256=self._template.sha256,
+            dtype=str(getattr(encoder, "mm_feature_dtype", None) or self._config.dtype).removeprefix("torch."),
+            context=engine.session_len,
+            batch_size=size,
+            lists_open=max(2, -(-rows * 5 // (4 * size))),  # a quarter more rows than it computes at once
+            notes=tuple(self._notes),
+        )
+
+    def _try(self, pipe: Any) -> None:
+        blank = {"type": "image_data", "image_data": {"data": Image.new("RGB", (64, 48))}}
+        ask = [{"role": "user", "content": [blank, {"type": "text", "text": "?"}]}]
+        [answer] = pipe([ask], gen_config=lmdeploy.GenerationConfig(max_new_tokens=1))
+        if answer.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"a first question about a blank picture failed: {answer.error_message}")
+
+    def _limit_tiles(self, pipe: Any) -> None:
+        processor = getattr(pipe.async_engine.vl_encoder.model, "processor", None)
+        images: Any = getattr(processor, "image_processor", None)
+        if self._spec.max_tiles is None or not hasattr(images, "max_patches"):
+            return
+        images.max_patches = self._spec.max_tiles
+        images.min_patches = min(images.min_patches, self._spec.max_tiles)
+
+    def _refusal(self, error: BaseException, complaints: _Complaints) -> UsageError:
+        said = str(complaints) or f"{type(error).__name__}: {first_line(error)}"
+        where = f"{self._spec.model}: LMDeploy ({self._backend})"
+        if "out of memory" in f"{error} {complaints}".lower():
+            return EngineUnavailable(f"{where} found too little GPU memory: {first_line(error)}\n{self._memory()}")
+        if isinstance(error, ImportError):
+            return EngineUnavailable(f"{where} misses a library: {first_line(error)}: pip install 'batchvl[lmdeploy]'")
+        if isinstance(error, SystemExit):
+            return EngineUnavailable(f"{where} does not start: {said}")
+        if isinstance(error, AssertionError):
+            return OptionError(f"{where} does not start: {said}")
+        return ModelError(f"{where} cannot load it: {type(error).__name__}: {first_line(error)}")
+
+    def _memory(self) -> str:
+        free, total = (number / 2**30 for number in gpu.memory())
+        share = self._config.cache_max_entry_count
+        tp = self._config.tp
+        weights = self._checkpoint.weight_bytes / 2**30
+        return (
+            f"  {gpu.name()}: {free:.1f} of {total:.1f} GiB are free now; the weights' files have {weights:.1f} GiB"
+            + (f", over {tp} GPUs" if tp > 1 else "")
+            + f"; of what is left, {share:g} goes to the k/v cache\n"
+            f"  what helps: end what else uses the GPU (nvidia-smi); --cache-max-entry-count below {share:g}; "
+            f"--session-len below {self._config.session_len or 'the model’s'};\n"
+            f"  --engine-option max_batch_size=N below {self._config.max_batch_size}; --quant-policy 8; "
+            f"weights of 4 bits (an AWQ checkpoint); --tp {tp * 2}"
+        )
+
+    def _note(self, text: str | None) -> None:
+        if text is not None:
+            self._notes.append(text)
+
+
+class _Complaints(logging.Handler):
+    """The last errors that LMDeploy wrote to its log while it started: its exceptions often say less."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._lines: deque[str] = deque(maxlen=3)
+
+    def __enter__(self) -> _Complaints:
+        logging.getLogger("lmdeploy").addHandler(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        logging.getLogger("lmdeploy").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(" ".join(record.getMessage().split()))
+
+    def __str__(self) -> str:
+        return "; ".join(self._lines)
+
+
+def _configuration(checkpoint: Checkpoint, model: str, trust_remote_code: bool) -> Any:
+    """The model's configuration as LMDeploy reads it. Raises ModelError."""
+    raw = json.loads((Path(checkpoint.path) / "config.json").read_text())
+    kind, remote = raw.get("model_type"), raw.get("auto_map", {})
+    if remote and kind not in CONFIG_MAPPING_NAMES:
+        if not trust_remote_code:
+            raise ModelError(
+                f"{model}: models of type {kind!r} come with Python code of their own, which would run here: "
+                "read it, then give --trust-remote-code, or take a model that needs none, such as InternVL's `-hf` ones"
+            )
+        if missing := _missing_code(checkpoint, remote):
+            raise ModelError(
+                f"{model}: {', '.join(missing)} is missing in {checkpoint.path}, and config.json names it: copy the "
+                "Python files of the model it was made from"
+            )
+    try:
+        _, config = get_model_arch(checkpoint.path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{model}: config.json cannot be read: {first_line(error)}") from error
+    if not config.architectures:
+        raise ModelError(f"{model}: config.json names no architecture")
+    return config
+
+
+def _missing_code(checkpoint: Checkpoint, remote: dict[str, Any]) -> list[str]:
+    """Python files that a configuration needs and the folder lacks."""
+    named = [str(remote.get(kind) or "") for kind in ("AutoConfig",)]
+    files = [f"{name.split('.')[0]}.py" for name in named if name and "--" not in name]
+    return [file for file in files if not (Path(checkpoint.path) / file).is_file()]
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The strings that the tokenizer reads as control tokens wherever they stand in a text, and their numbers."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    vocabulary = tokenizer.get_vocab()
+    marks = [mark for mark in MARKS if mark in vocabulary]
+    found = dict.fromkeys([*added, *tokenizer.all_special_tokens, *marks])
+    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in found}

@@ -1,0 +1,62 @@
+"""Settings and stop texts in LMDeploy's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ...errors import Unsupported
+from ...request import Sampling
+
+HOTTEST = 2.0
+"""LMDeploy takes no higher temperature."""
+
+
+def settings(sampling: Sampling, stop_ids: Iterable[int], special: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of LMDeploy's GenerationConfig. Raises Unsupported.
+
+    Without do_sample LMDeploy takes greedy for greedy and forgets the repetition penalty: an answer with one is drawn
+    from the single best token. Texts that stop an answer are none of its business (it takes only those that are one
+    token, and then every token that holds them): `Stops` sees to them, but for special tokens.
+
+    stop_ids: the chat template's own, which a row's must not replace. special: special tokens to their numbers.
+
+    >>> settings(Sampling(repetition_penalty=1.1), [], {})["top_k"]
+    1
+    """
+    if sampling.temperature > HOTTEST:
+        raise Unsupported(f"temperature {sampling.temperature:g}: LMDeploy takes {HOTTEST:g} at most")
+    fields: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "random_seed": sampling.seed}
+    if ids := sorted({*stop_ids, *(special[text] for text in sampling.stop if text in special)}):
+        fields["stop_token_ids"] = ids
+    if sampling.temperature > 0:
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        return {**fields, **drawn, "do_sample": True, "repetition_penalty": sampling.repetition_penalty}
+    if sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        return {**fields, "do_sample": True, "top_k": 1, "temperature": 1.0, "repetition_penalty": penalty}
+    return {**fields, "do_sample": False}
+
+
+class Stops:
+    """Watches an answer grow for the texts that end it.
+
+    >>> stops = Stops(("###",))
+    >>> stops.cut("one ##"), stops.cut("one ## two ###")
+    (None, 'one ## two ')
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = tuple(texts)
+        self._longest = max(map(len, self._texts), default=0)
+        self._seen = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
+    def cut(self, text: str) -> str | None:
+        """The whole answer so far, before its first stop text; None where there is none in it."""
+        start = max(0, self._seen - self._longest)
+        self._seen = len(text)
+        found = [at for stop in self._texts if (at := text.find(stop, start)) >= 0]
+        return text[: min(found)] if found else None

@@ -1,0 +1,84 @@
+"""Which chat template LMDeploy is given."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ...errors import ModelError, OptionError
+
+INTERNLM2 = frozenset({"internvl-internlm2", "internvl2-internlm2", "internvl2_5"})
+RETIRED = INTERNLM2 | {"internvl-phi3", "internvl2-phi3", "internvl-zh-hermes2"}
+"""Names that LMDeploy's and InternVL's documents use and LMDeploy has dropped for the model's own template."""
+
+CHATML = {
+    "system": "<|im_start|>system\n",
+    "eosys": "<|im_end|>\n",
+    "user": "<|im_start|>user\n",
+    "eoh": "<|im_end|>\n",
+    "assistant": "<|im_start|>assistant\n",
+    "eoa": "<|im_end|>",
+    "separator": "\n",
+    "stop_words": ["<|im_end|>"],
+}
+"""The form of InternLM2's chats, for an InternVL of that family whose folder brings no template."""
+
+
+class Template:
+    """The template of a run: what LMDeploy's pipeline is given, and a note where it is not the one that was named.
+
+    path: the model's folder. name: of `--chat-template`. Raises OptionError, ModelError where there is none.
+    """
+
+    def __init__(self, path: str, name: str | None, trust_remote_code: bool) -> None:
+        from lmdeploy.model import MODELS, BaseChatTemplate, ChatTemplateConfig, get_chat_template
+
+        self.note: str | None = None
+        self.config: Any = None
+        if name is not None and name not in RETIRED:
+            if name in MODELS.module_dict and name != "base":
+                self.config = ChatTemplateConfig(name, model_path=path)
+            else:
+                self.config = ChatTemplateConfig.from_json(_json(name, list(MODELS.module_dict)))
+        found = get_chat_template(path, self.config, trust_remote_code=trust_remote_code)
+        if name in RETIRED:
+            self.note = f"--chat-template {name}: LMDeploy dropped this name; the model's own template is used instead"
+        if self.config is None and type(found) is BaseChatTemplate:
+            if name not in INTERNLM2:
+                raise ModelError(
+                    f"{path}: the model brings no chat template that works (chat_template of its tokenizer): "
+                    "name one with --chat-template, or write one into a JSON file"
+                )
+            self.config = ChatTemplateConfig("base", **CHATML)
+            found = get_chat_template(path, self.config)
+            self.note = f"--chat-template {name}: LMDeploy dropped this name; InternLM2's form of chats is used instead"
+        self.sha256 = hashlib.sha256(_text(found).encode()).hexdigest()
+
+
+def _json(name: str, known: list[str]) -> str:
+    """The file's text, once it is one. Raises OptionError."""
+    file = Path(name)
+    if not file.is_file():
+        close = difflib.get_close_matches(name, known, 3) or sorted(set(known) - {"base", "hf"})
+        raise OptionError(
+            f"--chat-template {name}: LMDeploy knows no such template, and there is no such file; "
+            f"want one of {', '.join(close)}, or a JSON file with the fields of its ChatTemplateConfig"
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--chat-template {name}: cannot be read as JSON: {error}") from None
+    return text
+
+
+def _text(template: Any) -> str:
+    """What the template is made of: the tokenizer's Jinja text, or LMDeploy's own pieces."""
+    tokenizer = getattr(template, "tokenizer", None)
+    if tokenizer is not None:
+        return json.dumps(tokenizer.chat_template, sort_keys=True)
+    return json.dumps([type(template).__name__, vars(template)], sort_keys=True, default=str)
