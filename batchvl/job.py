@@ -90,7 +90,7 @@ class Job:
         self._runner: Runner | None = None
         self._stopped: BatchvlError | None = None
         self._engine: EngineInfo | None = None
-        self._engine_idle, self._engine_deaths = 0.0, 0
+        self._engine_idle, self._engine_deaths, self._engine_restarts = 0.0, 0, 0
         self._total: int | None = None
 
     def run(self) -> Summary:
@@ -192,7 +192,7 @@ class Job:
             )  # fmt: skip
             log = output.folder / f"engine-{output.attempt:04d}.log"
             engine = await stack.enter_async_context(
-                SupervisedEngine(self.spec, options.engine, prepared, lifeline, environment, log)
+                SupervisedEngine(self.spec, options.engine, prepared, lifeline, environment, log, self.progress.say)
             )
             await workers.load(engine.preparation)
             fetcher = await stack.enter_async_context(Fetcher(options.fetch, encoded))
@@ -207,7 +207,8 @@ class Job:
                 self._runner = None
                 describing.cancel()
                 await asyncio.gather(describing, return_exceptions=True)  # what it raised, the rows were told as well
-                self._engine_idle, self._engine_deaths = engine.idle_seconds, engine.deaths
+                self._engine_idle = engine.idle_seconds
+                self._engine_deaths, self._engine_restarts = engine.deaths, engine.restarts
                 self.progress.spent("engine", engine.row_seconds)
         if runner.stopped is not None:
             raise runner.stopped
@@ -221,8 +222,7 @@ class Job:
         self._engine = info
         self.progress.starting = False
         output.describe({"batchvl": __version__, "engine": msgspec.json.encode(info).decode()})
-        where = f" on {info.backend}" if info.backend else ""
-        self.progress.say(f"{info.engine} {info.version}: {info.model}{where}, lists of {info.batch_size} rows")
+        self.progress.say(f"{info}, lists of {info.batch_size} rows")
         for note in info.notes:
             self.progress.say(f"note: {note}")
 
@@ -289,7 +289,8 @@ class Job:
         summary = summarise(
             self.progress, self._before, manifest=self.source, output=self.folder, expected=expected, exit_code=0
         )
-        summary.engine, summary.engine_deaths = self._engine, self._engine_deaths
+        summary.engine = self._engine
+        summary.engine_deaths, summary.engine_restarts = self._engine_deaths, self._engine_restarts
         summary.gpu_wait_seconds = round(self._engine_idle, 3)
         accepted = self.options.output.accept_failures
         if self.shard.count == 1 and error is None:

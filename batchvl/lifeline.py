@@ -2,7 +2,8 @@
 
 A child is started as `python -m batchvl.…`, never by importing the user's main module again, so a run works from a
 notebook. It dies with its parent two ways: the kernel kills it (PR_SET_PDEATHSIG), and a pipe whose other end the
-runner holds reaches its end, which also covers a parent that went between fork and prctl.
+runner holds reaches its end, which also covers a parent that went between fork and prctl. What an engine starts by
+itself, its guardian ends (`engines/guardian.py`).
 """
 
 from __future__ import annotations

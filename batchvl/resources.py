@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 MIB = 2**20
@@ -45,6 +46,17 @@ def memory(environment: Mapping[str, str] = os.environ, cgroup: Path = _CGROUP) 
     elif per_cpu.isdigit() and int(per_cpu):
         bounds.append(int(per_cpu) * MIB * cpus(environment, cgroup))
     return min(bounds)
+
+
+def oom_kills(cgroup: Path = _CGROUP) -> int:
+    """How many processes of our cgroup the kernel has killed for lack of memory; 0 where it does not tell."""
+    for folder in _groups(cgroup):
+        for name in ("memory.events", "memory.oom_control", "memory/memory.oom_control"):
+            with suppress(OSError):
+                counts = dict(line.split() for line in (folder / name).read_text().splitlines())
+                if "oom_kill" in counts:
+                    return int(counts["oom_kill"])
+    return 0
 
 
 def _groups(cgroup: Path, own: Path = Path("/proc/self/cgroup")) -> list[Path]:

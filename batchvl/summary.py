@@ -40,6 +40,8 @@ class Summary(msgspec.Struct):
     gpu_wait_seconds: float
     """For how long the engine was up and had nothing to do."""
     engine_deaths: int
+    engine_restarts: int
+    """How often the engine was started afresh because its memory had grown."""
     engine: EngineInfo | None = None
     message: str = ""
     """Why the exit code is not 0, where it is not."""
@@ -64,8 +66,12 @@ class Summary(msgspec.Struct):
             lines.append(f"{self.seconds:,.1f} s: {rates}")
             spent = ", ".join(f"{name} {_short(seconds)}" for name, seconds in self.mean_seconds.items())
             lines.append(f"a row's time: {spent}; the engine had nothing to do for {self.gpu_wait_seconds:,.1f} s")
+        if self.engine is not None:
+            lines.append(str(self.engine))
         if self.engine_deaths:
-            lines.append(f"the engine died {'once' if self.engine_deaths == 1 else f'{self.engine_deaths} times'}")
+            lines.append(f"the engine died {_times(self.engine_deaths)}")
+        if self.engine_restarts:
+            lines.append(f"the engine was started afresh {_times(self.engine_restarts)}, for its memory had grown")
         if self.message:
             lines.append(self.message)
         shards = "" if self.results or self.message else f"; once all shards are done: batchvl merge {self.output}"
@@ -101,7 +107,12 @@ def summarise(
         mean_seconds=progress.mean_seconds(),
         gpu_wait_seconds=0.0,
         engine_deaths=0,
+        engine_restarts=0,
     )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _short(seconds: float) -> str:

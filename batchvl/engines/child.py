@@ -1,7 +1,7 @@
 """An engine's process: one engine, fed from a socket, doing nothing else.
 
 Started by `EngineProcess` as `python -m batchvl.engines.child SOCKET LIFELINE PARENT` (two descriptors and the
-runner's process id).
+runner's process id). It leads a group of processes, over which a guardian watches.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from contextlib import suppress
 
 from ..errors import UsageError
 from ..images.arena import ArenaView
-from ..lifeline import hold
+from ..lifeline import tie
 from ..request import Request
 from ..wire import Channel
-from .messages import Abort, Alive, Answers, Infer, Open, Refused, Resolved, Started, ToEngine
+from .guardian import guard
+from .messages import Abort, Alive, Answers, Infer, Note, Open, Refused, Resolved, Started, ToEngine
 from .protocol import Engine
 from .registry import factory
 
@@ -33,8 +34,13 @@ async def serve(sock: socket.socket) -> int:
     channel: Channel[ToEngine] = await Channel.open(sock, ToEngine, inbox.put_nowait, lambda: inbox.put_nowait(None))
     first = await inbox.get()
     assert isinstance(first, Open)
+    loop = asyncio.get_running_loop()
+
+    def say(text: str) -> None:
+        loop.call_soon_threadsafe(channel.send, Note(text))
+
     try:
-        engine = factory(first.spec.engine)(first.spec, ArenaView(first.arena_fd, first.arena_size))
+        engine = factory(first.spec.engine)(first.spec, ArenaView(first.arena_fd, first.arena_size), say)
         channel.send(Resolved(await engine.resolve()))
         channel.send(Started(await engine.start()))
     except UsageError as error:
@@ -83,10 +89,14 @@ async def _tell_progress(engine: Engine, channel: Channel[ToEngine]) -> None:
 
 
 def main() -> None:
-    hold(int(sys.argv[2]), int(sys.argv[3]))
+    sock, lifeline, parent = map(int, sys.argv[1:])
+    tie(parent)
+    _guardian = guard(lifeline)
+    os.close(lifeline)
+    os.set_inheritable(sock, False)  # what the engine starts is not to keep the runner from seeing it end
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # how the runner asks a hung engine where it stands
-    code = asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    code = asyncio.run(serve(socket.socket(fileno=sock)))
     sys.stdout.flush()
     sys.stderr.flush()
     with suppress(Exception):

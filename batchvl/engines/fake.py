@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import hashlib
 import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated
 
 import msgspec
@@ -18,8 +19,9 @@ from ..errors import EngineFailed, OptionError, RowTimeout
 from ..images.arena import ArenaView
 from ..images.preparation import PreparationSpec
 from ..request import Failure, Request, Response, Struct
-from .protocol import EngineInfo, EngineSpec
+from .protocol import EngineInfo, EngineSpec, unheard
 
+_FOREVER = 1e6
 Seconds = Annotated[float, Meta(ge=0)]
 
 
@@ -43,6 +45,12 @@ class FakeOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """The process kills itself after so many answers."""
     hang_on: tuple[int, ...] = ()
     """The process stops answering anything when it is handed one of these rows."""
+    stuck_on: tuple[int, ...] = ()
+    """As `hang_on`, in a library that does not let go of Python's lock."""
+    grow: int = 0
+    """So many bytes of memory are kept for each answer."""
+    forks: int = 0
+    """So many processes of its own, which hold on to all that the engine has open."""
     refuse: str = ""
     """The engine cannot start, for this reason."""
     pictures: bool = True
@@ -56,7 +64,7 @@ class FakeEngine:
     The digest is over the tensors in the arena, so a test that knows the pictures can tell a swapped one.
     """
 
-    def __init__(self, spec: EngineSpec, arena: ArenaView) -> None:
+    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = unheard) -> None:
         self.steps = 0
         self._spec, self._arena = spec, arena
         try:
@@ -67,6 +75,7 @@ class FakeEngine:
         self._failed_once: set[int] = set()
         self._answered = 0
         self._hung = False
+        self._kept: list[bytes] = []
 
     async def resolve(self) -> PreparationSpec | None:
         return PreparationSpec("batchvl.engines.fake_preparation:Thumbnails") if self._options.pictures else None
@@ -74,6 +83,8 @@ class FakeEngine:
     async def start(self) -> EngineInfo:
         if self._options.refuse:
             raise OptionError(self._options.refuse)
+        for _ in range(self._options.forks):
+            _fork_idle()
         await asyncio.sleep(self._options.start_delay)
         return EngineInfo(
             "fake", "1", self._spec.model, "nothing",
@@ -87,6 +98,8 @@ class FakeEngine:
             if request.row in options.die_on:
                 self._die(f"over row {request.row}")
             self._hung |= request.row in options.hang_on
+            if request.row in options.stuck_on:
+                _hold_lock()
         due = sorted((options.delay + self._spread(request.row), i, request) for i, request in enumerate(requests))
         for after, _, request in due:
             wait = arrived + after - time.monotonic()
@@ -98,6 +111,7 @@ class FakeEngine:
             if options.die_after and self._answered >= options.die_after:
                 self._die(f"after {self._answered} answers")
             self._answered += 1
+            self._kept.append(b"." * options.grow)
             self.steps += 1
             yield self._answer(request)
 
@@ -138,3 +152,15 @@ class FakeEngine:
             return []
         data = self._arena.at(request.extent)
         return [hashlib.sha256(data[t.offset : t.offset + t.shape[0]]).hexdigest()[:12] for t in request.tensors]
+
+
+def _fork_idle() -> None:
+    if not os.fork():
+        time.sleep(_FOREVER)
+        os._exit(0)
+
+
+def _hold_lock() -> None:
+    sleep = ctypes.PyDLL(None).sleep  # PyDLL keeps the lock
+    while True:
+        sleep(int(_FOREVER))  # which a signal cuts short

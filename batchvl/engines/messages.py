@@ -51,4 +51,10 @@ class Alive(Struct, frozen=True, tag="alive"):
     """The engine has made progress since the last one."""
 
 
-FromEngine = Resolved | Started | Refused | Answers | Alive
+class Note(Struct, frozen=True, tag="note"):
+    """A line for people: why the engine keeps them waiting."""
+
+    text: str
+
+
+FromEngine = Resolved | Started | Refused | Answers | Alive | Note

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,32 +16,35 @@ from ..images.preparation import PreparationSpec
 from ..lifeline import Lifeline, spawn
 from ..request import Request, Response
 from ..wire import Channel
-from .messages import Abort, Alive, Answers, FromEngine, Infer, Open, Refused, Resolved, Started
+from .death import EngineDied, Witness
+from .family import end_group, memory_of
+from .messages import Abort, Alive, Answers, FromEngine, Infer, Note, Open, Refused, Resolved, Started
 from .protocol import EngineInfo, EngineSpec
 
-_LAST_WORDS = 2000
+__all__ = ["EngineDied", "EngineProcess"]
 
-
-class EngineDied(Exception):
-    """The engine's process ended; the message tells how, with its last words."""
-
-    answered = 0
-    """How many rows the process had answered before."""
+_LEAVE_SECONDS = 10.0
+"""How long a process may live on that has let go of its socket."""
 
 
 class EngineProcess:
-    """One engine process. `resolved` and `started` are futures; `died` is set once it is reaped.
+    """One engine process and what it starts, which ends with it.
 
-    `answered` is called with each list of responses, `alive` at every sign of progress.
+    `resolved` and `started` are futures; `died` is set once it is reaped.
+
+    `answered` is called with each list of responses, `alive` at every sign of progress, `say` with what it has to tell.
     """
 
-    def __init__(self, answered: Callable[[list[Response]], None], alive: Callable[[], None]) -> None:
+    def __init__(
+        self, answered: Callable[[list[Response]], None], alive: Callable[[], None], say: Callable[[str], None]
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.resolved: asyncio.Future[PreparationSpec | None] = loop.create_future()
         self.started: asyncio.Future[EngineInfo] = loop.create_future()
         self.died: asyncio.Future[EngineDied] = loop.create_future()
-        self._answered, self._alive = answered, alive
-        self._killed_for: str | None = None
+        self._answered, self._alive, self._say = answered, alive, say
+        self._ended_for: str | None = None
+        self._how = ""
         self.gone = False
         """Whether nothing can be told to it any more."""
 
@@ -52,7 +54,7 @@ class EngineProcess:
         """Starts the process; its output is appended to `log`."""
         ours, theirs = socket.socketpair()
         with theirs, open(log, "ab") as file:  # noqa: ASYNC230 - once a process
-            self._log, self._log_start = log, file.tell()
+            self._witness = Witness(spec.engine, log, file.tell())
             fds = [theirs.fileno(), lifeline.fd, arena.fd]
             arguments = [str(theirs.fileno()), str(lifeline.fd), str(os.getpid())]
             try:
@@ -60,8 +62,17 @@ class EngineProcess:
             except OSError:
                 ours.close()
                 raise
-        self._channel: Channel[FromEngine] = await Channel.open(ours, FromEngine, self._received, self._lost)
+        try:
+            self._channel: Channel[FromEngine] = await Channel.open(ours, FromEngine, self._received, self._lost)
+        except BaseException:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+            raise
         self._channel.send(Open(spec, arena.fd, arena.size))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def infer(self, requests: list[Request]) -> None:
         self._channel.send(Infer(requests))
@@ -71,14 +82,18 @@ class EngineProcess:
 
     def dump_stacks(self) -> None:
         """Has the process write where each of its threads stands to its log."""
-        with suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGUSR2)
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR2)  # Popen's own way would reap it, and its group be out of reach
 
-    def kill(self, reason: str) -> None:
-        """Ends the process now; `died` follows, with this reason."""
-        self._killed_for = reason
-        with suppress(ProcessLookupError):
-            self._process.kill()
+    async def memory(self) -> int:
+        """Bytes that the process and its descendants have for themselves."""
+        return await asyncio.to_thread(memory_of, self.pid)
+
+    def kill(self, reason: str, how: str = "") -> None:
+        """Ends the process and all that it started now; `died` follows, with this reason, and `how` in a few words."""
+        self._ended_for, self._how = reason, how
+        self._signal(signal.SIGKILL)
 
     async def close(self, seconds: float = 5.0) -> None:
         """Lets the process leave, kills it after `seconds`, and returns when it is gone."""
@@ -96,6 +111,8 @@ class EngineProcess:
                 self._answered(responses)
             case Alive():
                 self._alive()
+            case Note(text):
+                self._say(text)
             case Resolved(preparation):
                 if not self.resolved.done():
                     self.resolved.set_result(preparation)
@@ -110,33 +127,30 @@ class EngineProcess:
                         future.exception()  # told once, to whoever awaits it
                 self._channel.close()
 
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.returncode is None:  # reaped, its number and its group's may be another's
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
     def _lost(self) -> None:
         """The socket ended, and with it, or soon, the process: wait for it away from the event loop."""
         self.gone = True
         self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
-        try:
-            await asyncio.to_thread(self._process.wait, 10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
-        code = self._process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        if self._killed_for:
-            how = f"was ended: {self._killed_for}"
-        error = EngineDied(f"the engine process {how}{self._last_words()}")
+        late = asyncio.get_running_loop().call_later(_LEAVE_SECONDS, self.kill, "it closed its socket and lived on")
+        await asyncio.to_thread(self._await_end)
+        late.cancel()
+        code = self._process.wait()
+        died = self._witness.died(code, self._ended_for, self._how)
         for future in (self.resolved, self.started):
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(died)
                 future.exception()
         if not self.died.done():
-            self.died.set_result(error)
+            self.died.set_result(died)
 
-    def _last_words(self) -> str:
-        with suppress(OSError), self._log.open("rb") as file:
-            file.seek(max(self._log_start, self._log.stat().st_size - _LAST_WORDS))
-            words = file.read().decode("utf-8", "replace").strip()
-            if words:
-                return f"; its last words, from {self._log}:\n{words}"
-        return ""
+    def _await_end(self) -> None:
+        with suppress(ChildProcessError):  # reaped by somebody else: the guardian sees to the group
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            end_group(self.pid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -56,11 +56,16 @@ class EngineInfo(Struct, frozen=True):
     notes: tuple[str, ...] = ()
     """What a user should know: where the engine does other than was asked, and why."""
 
+    def __str__(self) -> str:
+        where = f" on {self.backend}" if self.backend else ""
+        return f"{self.engine} {self.version}: {self.model}{where}"
+
 
 class Engine(Protocol):
     """One engine, driven on its process's event loop. It raises only when the engine itself is lost.
 
-    The constructor takes an `EngineSpec` and an `ArenaView`; it raises a `UsageError` for what it cannot honour.
+    The constructor takes an `EngineSpec`, an `ArenaView`, and what tells people a line, from any thread; it raises a
+    `UsageError` for what it cannot honour.
     """
 
     @property
@@ -98,4 +103,8 @@ class Engine(Protocol):
 class EngineFactory(Protocol):
     """An engine's class."""
 
-    def __call__(self, spec: EngineSpec, arena: ArenaView) -> Engine: ...
+    def __call__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = ...) -> Engine: ...
+
+
+def unheard(text: str) -> None:
+    """For an engine that nobody listens to."""

@@ -2,47 +2,43 @@
 
 Deaths by the contract: the rows that the dead process held come back as `EngineDied`, for the runner to try again
 after all others, in halves. A death before the first answer ever is taken for a configuration error and is final the
-second time; later, five deaths without progress in between are.
+second time; later, five deaths without progress in between are. A process whose memory grows too large is no death:
+it is handed no more rows, and is replaced once it has answered those that it holds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import BatchvlError, EngineLost, RowTimeout
+from ..errors import BatchvlError, EngineLost
 from ..images.arena import Arena
 from ..images.preparation import PreparationSpec
 from ..lifeline import Lifeline
 from ..options import EngineOptions
-from ..request import Failure, Request, Response
+from ..request import Request, Response
+from .feed import Feed
+from .growth import MemoryLimit, amount
 from .process import EngineDied, EngineProcess
 from .protocol import EngineInfo, EngineSpec
+from .rows import Rows
 
 DEATHS_BEFORE_FIRST_ANSWER = 2
 DEATHS_WITHOUT_PROGRESS = 5
-LINGER_SECONDS = 0.005
-"""How long an incomplete list waits for more rows while the engine has room."""
-
-
-class _Held:
-    """A row in the engine: who waits for it, the list it went in, and its deadline."""
-
-    __slots__ = ("aborted", "answer", "deadline", "members", "sent", "timed_out")
-
-    def __init__(self, answer: asyncio.Future[Response], members: set[int], sent: float, deadline: float) -> None:
-        self.answer, self.members, self.sent, self.deadline = answer, members, sent, deadline
-        self.aborted = self.timed_out = False
+MEMORY_SECONDS = 3.0
+"""How often the memory of the engine's processes is looked at."""
+CLOSE_SECONDS = 30.0
+"""For a process to leave that is replaced."""
 
 
 class SupervisedEngine:
     """An engine process and its successors, an async context manager.
 
-    `preparation` is known once entered, `info` once `started` has returned; `answer` may be called before.
+    `preparation` is known once entered, `info` once `started` has returned; `answer` may be called before. `say` is
+    told, in a line for people each, what befalls the processes.
     """
 
     preparation: PreparationSpec | None
@@ -55,28 +51,26 @@ class SupervisedEngine:
         lifeline: Lifeline,
         environment: Mapping[str, str],
         log: Path,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._spec, self._options, self._arena = spec, options, arena
-        self._lifeline, self._environment, self._log = lifeline, environment, log
-        self._pending: deque[tuple[Request, asyncio.Future[Response]]] = deque()
-        self._held: dict[int, _Held] = {}
-        self._lists_open = 0
+        self._lifeline, self._environment, self._log, self._say = lifeline, environment, log, say
+        self._rows = Rows(options.row_timeout)
+        self._feed = Feed(self._rows, options)
+        self._limit = MemoryLimit(options.engine_memory)
         self._process: EngineProcess | None = None
         self.info: EngineInfo | None = None
         self.deaths = 0
-        self.idle_seconds = 0.0
-        """Seconds in which the engine was up and had nothing to do, between its first list and its last."""
-        self.row_seconds = 0.0
-        """Seconds that rows were in the engine, summed over the rows."""
-        self._idle_since: float | None = None
-        self._answers = self._answers_before = 0
-        self._deaths_in_vain = 0
+        self.restarts = 0
+        """How often a process was replaced because its memory had grown."""
+        self._answers_before = self._deaths_in_vain = 0
         self._lost: BatchvlError | None = None
         self._killed = False
-        self._lingering: asyncio.TimerHandle | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._down_since: float | None = None
+        self._advised: set[str] = set()
         self._up = asyncio.Event()
         self._ended = asyncio.Event()
-        self._progress = time.monotonic()
 
     async def __aenter__(self) -> SupervisedEngine:
         process = await self._launch()
@@ -88,19 +82,21 @@ class SupervisedEngine:
             if isinstance(error, EngineDied):
                 raise EngineLost(str(error)) from None
             raise
-        self._life = asyncio.get_running_loop().create_task(self._live(process))
-        self._watch = asyncio.get_running_loop().create_task(self._watch_rows())
+        lives = self._live(process), self._feed.watch(self._say, self._log), self._watch_memory()
+        self._tasks = [asyncio.get_running_loop().create_task(life) for life in lives]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watch.cancel()
-        self._life.cancel()
-        await asyncio.wait([self._life, self._watch])
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
         if self._process is not None:
             await self._process.close()
-        self._release(EngineDied("the run ended"))
+        if self._closing is not None:
+            await self._closing
+        self._rows.release(EngineDied("the run ended"))
 
     async def started(self) -> EngineInfo:
         """What runs, once the model is loaded. Raises a UsageError or EngineLost where it cannot be."""
@@ -122,16 +118,15 @@ class SupervisedEngine:
         """
         if self._lost is not None:
             raise self._lost
-        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        self._pending.append((request, answer))
-        self._pump()
+        answer = self._rows.add(request)
+        self._feed.pump()
         try:
             return await answer
         except asyncio.CancelledError:
-            held = self._held.get(request.row)
+            held = self._rows.held.get(request.row)
             if held is not None:
                 held.answer = asyncio.get_running_loop().create_future()
-                self._abort(request.row)
+                self._feed.abort(request.row)
                 await asyncio.wait([held.answer])
                 held.answer.exception()  # a death then is nobody's news
             raise
@@ -139,12 +134,22 @@ class SupervisedEngine:
     @property
     def held(self) -> int:
         """How many rows are in the engine."""
-        return len(self._held)
+        return len(self._rows.held)
+
+    @property
+    def row_seconds(self) -> float:
+        """Seconds that rows were in the engine, summed over the rows."""
+        return self._rows.seconds
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds in which the engine was up and had nothing to do, between its first list and its last."""
+        return self._feed.idle_seconds
 
     @property
     def idle_since(self) -> float | None:
         """When the engine ran out of rows, on the monotonic clock; None while it has some."""
-        return self._idle_since
+        return self._feed.idle_since
 
     @property
     def prepares_text(self) -> bool:
@@ -159,42 +164,44 @@ class SupervisedEngine:
 
     def holds(self, row: int) -> bool:
         """Whether the row is in the engine, rather than waiting to go in."""
-        return row in self._held
+        return row in self._rows.held
 
     def halved(self) -> None:
         """The runner has split the rows of a death in two: that is progress."""
         self._deaths_in_vain = 0
 
     async def _launch(self) -> EngineProcess:
-        process = EngineProcess(self._answered, self._alive)
+        process = EngineProcess(self._answered, self._feed.alive, self._say)
         await process.open(self._spec, self._arena, self._lifeline, self._environment, self._log)
         self._process = process
         return process
 
     async def _live(self, process: EngineProcess) -> None:
-        """Sees process after process through to its death, until one ends it all."""
+        """Sees process after process through to its end, until one ends it all."""
         try:
             while True:
                 try:
-                    async with asyncio.timeout(self._options.start_timeout):
-                        self.info = await asyncio.shield(process.started)
-                    self._progress = time.monotonic()
-                    self._idle_since = self._idle_since or self._progress
-                    self._up.set()
-                    self._pump()
+                    await self._start(process)
                 except TimeoutError:
                     process.kill(f"it was not up after {self._options.start_timeout:g} s (--start-timeout)")
                 except EngineDied:
                     pass
                 died = await asyncio.shield(process.died)
+                was_up, self._down_since = self._up.is_set(), self._down_since or time.monotonic()
                 self._up.clear()
+                self._feed.close()
+                died.answered, self._answers_before = self._feed.answers - self._answers_before, self._feed.answers
                 if self._killed:
                     self._lost = EngineLost(str(died))  # for who comes now: nobody will answer
-                    self._give_back(died)
-                    self._release(died)
+                    self._rows.release(died)
                     self._ended.set()
                     return
-                self._bury(died)
+                if self._closing is None:
+                    self._bury(died, was_up)
+                else:
+                    await self._closing
+                    self._closing = None
+                    self.restarts += 1
                 process = await self._launch()
         except (BatchvlError, OSError) as error:
             lost: BatchvlError
@@ -205,124 +212,70 @@ class SupervisedEngine:
             else:
                 lost = error
             self._lost = lost
-            self._release(lost)
+            self._rows.release(lost)
             self._ended.set()
 
-    def _bury(self, died: EngineDied) -> None:
+    async def _start(self, process: EngineProcess) -> None:
+        """Waits until the process is up. Raises TimeoutError, EngineDied, or a UsageError where it refuses."""
+        async with asyncio.timeout(self._options.start_timeout):
+            self.info = await asyncio.shield(process.started)
+        note = self._limit.started(await process.memory())
+        if note is not None:
+            self._say(note)
+        if self._down_since is not None:
+            self._say(f"the engine is up again, after {time.monotonic() - self._down_since:.1f} s")
+            self._down_since = None
+        self._up.set()
+        self._feed.open(process, self.info)
+
+    def _bury(self, died: EngineDied, was_up: bool) -> None:
         """Counts a death and gives its rows back. Raises EngineLost where that was the last."""
         self.deaths += 1
         self._deaths_in_vain += 1
-        if not self._answers and self.deaths >= DEATHS_BEFORE_FIRST_ANSWER:
+        self._feed.singly = True
+        told = f"the engine {died.how} {f'with {_rows(self.held)} in it' if was_up else 'while it was starting'}"
+        if not self._feed.answers and self.deaths >= DEATHS_BEFORE_FIRST_ANSWER:
             lost = EngineLost(f"the engine died {self.deaths} times before its first answer: {died}")
         elif self._deaths_in_vain >= DEATHS_WITHOUT_PROGRESS:
             lost = EngineLost(f"the engine died {self._deaths_in_vain} times without an answer in between: {died}")
         else:
-            self._give_back(died)
+            self._say(f"{told}; it is started again")
+            if self.deaths == 1:
+                after = "; its rows are asked again after all others, in ever smaller groups" if self.held else ""
+                self._say(f"note: its last words are in {self._log}{after}")
+            if died.advice and died.advice not in self._advised:
+                self._advised.add(died.advice)
+                self._say(died.advice)
+            self._rows.give_back(died)
             return
-        self._release(lost)  # not as a death, for which a row could be blamed
+        self._say(told)
+        self._rows.release(lost)  # not as a death, for which a row could be blamed
         raise lost
 
-    def _give_back(self, died: EngineDied) -> None:
-        died.answered, self._answers_before = self._answers - self._answers_before, self._answers
-        self._lists_open = 0
-        held, self._held = self._held, {}
-        for row in held.values():
-            if not row.answer.done():
-                row.answer.set_exception(died)
-
-    def _release(self, error: Exception) -> None:
-        waiting = [answer for _, answer in self._pending] + [row.answer for row in self._held.values()]
-        self._pending.clear()
-        self._held.clear()
-        for answer in waiting:
-            if not answer.done():
-                answer.set_exception(error)
-
-    def _pump(self, lingered: bool = False) -> None:
-        """Hands the engine lists while it has room; an incomplete one only after a moment's wait for more."""
-        if not self._up.is_set() or self.info is None or self._process is None or self._process.gone:
-            return
-        size, most_open = self.info.batch_size, self.info.lists_open
-        if self.deaths and not self._answers:
-            size = most_open = 1  # was it the engine or a row? One row, from their middle, tells
-            self._pending.rotate(len(self._pending) // 2)
-        while self._pending and self._lists_open < most_open:
-            if len(self._pending) < size and not lingered:
-                if self._lingering is None:
-                    loop = asyncio.get_running_loop()
-                    self._lingering = loop.call_later(LINGER_SECONDS, self._pump_lingered)
-                return
-            self._send(self._process, size)
-
-    def _pump_lingered(self) -> None:
-        self._lingering = None
-        self._pump(lingered=True)
-
-    def _send(self, process: EngineProcess, size: int) -> None:
-        now = time.monotonic()
-        requests: list[Request] = []
-        members: set[int] = set()
-        while self._pending and len(requests) < size:
-            request, answer = self._pending.popleft()
-            if not answer.done():
-                requests.append(request)
-                members.add(request.row)
-                self._held[request.row] = _Held(answer, members, now, now + self._options.row_timeout)
-        if not requests:
-            return
-        if self._idle_since is not None:
-            if self._answers:
-                self.idle_seconds += now - self._idle_since
-            self._idle_since = None
-            self._progress = now
-        self._lists_open += 1
-        process.infer(requests)
-
     def _answered(self, responses: list[Response]) -> None:
-        self._answers += len(responses)
         self._deaths_in_vain = 0
-        self._alive()
-        for response in responses:
-            row = self._held.pop(response.row, None)
-            if row is None:
-                continue
-            self.row_seconds += self._progress - row.sent
-            row.members.discard(response.row)
-            if not row.members:
-                self._lists_open -= 1
-            if row.timed_out:
-                text = f"the row was longer than {self._options.row_timeout:g} s in the engine (--row-timeout)"
-                response = Response(response.row, failure=Failure.of(RowTimeout(text)))
-            if not row.answer.done():
-                row.answer.set_result(response)
-        if not self._held:
-            self._idle_since = time.monotonic()
-        self._pump()
+        self._feed.answered(responses)
 
-    def _alive(self) -> None:
-        self._progress = time.monotonic()
-
-    def _abort(self, row: int) -> None:
-        held = self._held.get(row)
-        if held is not None and not held.aborted and self._process is not None:
-            held.aborted = True
-            self._process.abort(row)
-
-    async def _watch_rows(self) -> None:
-        """Aborts rows past their deadline and ends a process that makes no progress."""
-        hang = self._options.hang_timeout
+    async def _watch_memory(self) -> None:
+        """Has a process replaced that has grown beyond the limit."""
         while True:
-            await asyncio.sleep(min(1.0, hang / 4, self._options.row_timeout / 4))
-            now = time.monotonic()
-            for number, row in self._held.items():
-                if now > row.deadline and self._process is not None:
-                    if row.timed_out:
-                        self._process.kill("it did not let go of a row that it was told to abort")
-                        break
-                    row.timed_out, row.deadline = True, now + hang
-                    self._abort(number)
-            if self._held and now - self._progress > hang and self._process is not None:
-                self._progress, hung = now, self._process
-                hung.dump_stacks()
-                await asyncio.sleep(0.5)  # in which another may take its place
-                hung.kill(f"it made no progress for {hang:g} s (--hang-timeout); its stacks are in the log")
+            await asyncio.sleep(MEMORY_SECONDS)
+            process = self._process
+            if process is None or process.gone:
+                continue
+            found = await process.memory()
+            if found > self._limit.bytes and self._feed.is_open and not process.gone:
+                then = f", once it has answered the {_rows(self.held)} that it has" if self.held else ""
+                self._say(
+                    f"the engine holds {amount(found)} of memory, more than {amount(self._limit.bytes)} "
+                    f"(--engine-memory): it is started afresh{then}"
+                )
+                self._feed.drain(self._close)
+
+    def _close(self) -> None:
+        if self._closing is None and self._process is not None:
+            self._closing = asyncio.get_running_loop().create_task(self._process.close(CLOSE_SECONDS))
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"

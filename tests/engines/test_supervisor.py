@@ -2,43 +2,25 @@
 
 import asyncio
 import os
+import re
 import signal
-from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
 from batchvl.engines.process import EngineDied
-from batchvl.engines.protocol import EngineSpec
-from batchvl.engines.supervisor import SupervisedEngine
 from batchvl.errors import EngineLost, OptionError
-from batchvl.images.arena import Arena
-from batchvl.lifeline import Lifeline
-from batchvl.options import EngineOptions
-from batchvl.request import Message, Part, Request, Sampling
-
-
-def request(row: int, *followups: str) -> Request:
-    messages = [Message("user", (Part(f"row {row}"),)), *(Message("user", (Part(text),)) for text in followups)]
-    return Request(row, (messages[0],), tuple(messages[1:]), Sampling())
+from tests.engines.supervised import request, supervised
 
 
 @pytest.fixture
-def engine(tmp_path):
-    @asynccontextmanager
-    async def start(*, batch_size=4, hang_timeout=300.0, row_timeout=300.0, **fake):
-        arena, lifeline = Arena(8, 4096), Lifeline()
-        spec = EngineSpec("fake", batch_size=batch_size, options={"pictures": False, **fake})
-        options = EngineOptions(hang_timeout=hang_timeout, row_timeout=row_timeout)
-        try:
-            async with SupervisedEngine(
-                spec, options, arena, lifeline, dict(os.environ), tmp_path / "engine.log"
-            ) as engine:
-                yield engine
-        finally:
-            lifeline.close()
-            arena.close()
+def said():
+    return []
 
-    return start
+
+@pytest.fixture
+def engine(tmp_path, said):
+    return partial(supervised, tmp_path / "engine.log", said)
 
 
 async def test_every_row_gets_its_own_answer_out_of_order(engine):
@@ -63,7 +45,7 @@ async def test_a_death_gives_back_what_was_held_and_the_rest_goes_on(engine):
     async with engine(die_on=[7]) as e:
         await e.answer(request(1000))
         answers = await asyncio.gather(*(e.answer(request(i)) for i in range(20)), return_exceptions=True)
-        assert e.deaths == 1
+        assert (e.deaths, e.restarts) == (1, 0)
     died = [i for i, a in enumerate(answers) if isinstance(a, EngineDied)]
     assert 7 in died
     assert set(died) < set(range(20))
@@ -97,13 +79,19 @@ async def test_five_deaths_in_vain_are_final_but_halving_counts_as_progress(engi
             await e.answer(request(1))
 
 
-async def test_a_hung_process_leaves_its_stacks_and_is_replaced(engine, tmp_path):
+async def test_a_hung_process_leaves_its_stacks_and_is_replaced(engine, tmp_path, said):
     async with engine(hang_on=[3], hang_timeout=0.6) as e:
         await e.answer(request(1))
         with pytest.raises(EngineDied, match=r"no progress for 0\.6 s"):
             await e.answer(request(3))
         assert (await e.answer(request(4))).texts == ("row 4",)
     assert "Current thread" in (tmp_path / "engine.log").read_text()
+    hangs, ended = (line for line in said if line.startswith("the engine ") and "up again" not in line)
+    assert (
+        hangs
+        == f"the engine hangs: no progress for 0.6 s (--hang-timeout); where it stands is in {tmp_path}/engine.log"
+    )
+    assert ended == "the engine was ended, having hung, with 1 row in it; it is started again"
 
 
 async def test_a_row_past_its_time_is_aborted_and_the_others_stay(engine):
@@ -126,20 +114,33 @@ async def test_cancelling_a_row_waits_until_the_engine_lets_go(engine):
         assert not e.holds(1), "its extent is free from now on"
 
 
-async def test_killed_from_outside_it_comes_back(engine):
+async def test_killed_from_outside_it_comes_back_and_tells(engine, tmp_path, said):
     async with engine() as e:
         await e.answer(request(1))
-        os.kill(e._process._process.pid, signal.SIGKILL)
+        os.kill(e._process.pid, signal.SIGKILL)
         while not e.deaths:
             await asyncio.sleep(0.01)
         assert (await e.answer(request(2))).texts == ("row 2",)
         assert e.deaths == 1
+    died, where, advice, up = said
+    assert died == "the engine was killed by SIGKILL with 0 rows in it; it is started again"
+    assert where == f"note: its last words are in {tmp_path}/engine.log"
+    assert "--mem" in advice
+    assert re.fullmatch(r"the engine is up again, after \d+\.\d s", up)
+
+
+async def test_a_death_before_it_is_up_is_told_as_one(engine, said):
+    async with engine(start_delay=60) as e:
+        os.kill(e._process.pid, signal.SIGSEGV)
+        while not e.deaths:
+            await asyncio.sleep(0.01)
+    assert said[0] == "the engine was killed by SIGSEGV while it was starting; it is started again"
 
 
 async def test_no_process_outlives_the_engine(engine):
     async with engine(delay=60) as e:
         await e.started()
-        pid = e._process._process.pid
+        pid = e._process.pid
         task = asyncio.create_task(e.answer(request(1)))
         await asyncio.sleep(0.1)
         assert not task.done()

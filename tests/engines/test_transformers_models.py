@@ -10,10 +10,10 @@ import numpy
 import pytest
 import torch
 
-from batchvl.engines.protocol import EngineSpec
-from batchvl.engines.transformers import TransformersEngine
 from batchvl.engines.checkpoint import find
 from batchvl.engines.gpu import wait_for_memory
+from batchvl.engines.protocol import EngineSpec
+from batchvl.engines.transformers import TransformersEngine
 from batchvl.engines.transformers.device import choose_device, choose_dtype
 from batchvl.engines.transformers.families import Patches, Splits, Tiles, recognise
 from batchvl.engines.transformers.preparation import ProcessorPreparation
@@ -272,10 +272,10 @@ def test_memory_that_a_dead_process_held_is_waited_for(monkeypatch):
     naps = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(free))
     monkeypatch.setattr(f"{module}.time.sleep", naps.append)
-    wait_for_memory(0, 40)
+    wait_for_memory(0, 40, print)
     assert len(naps) == 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
-    wait_for_memory(0, 101)
+    wait_for_memory(0, 101, print)
     assert len(naps) == 2, "it would never come"
     monkeypatch.setattr(f"{module}.MEMORY_SECONDS", 0.0)
-    wait_for_memory(0, 40)
+    wait_for_memory(0, 40, print)

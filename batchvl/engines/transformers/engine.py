@@ -14,7 +14,7 @@ from ...errors import EngineUnavailable, OptionError, RowTimeout
 from ...images.arena import ArenaView
 from ...images.preparation import PreparationSpec
 from ...request import Failure, Request, Response
-from ..protocol import EngineInfo, EngineSpec
+from ..protocol import EngineInfo, EngineSpec, unheard
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -40,8 +40,8 @@ class TransformersEngine:
     bfloat16 and float16, where rounding shows; which token is drawn for given logits does not.
     """
 
-    def __init__(self, spec: EngineSpec, arena: ArenaView) -> None:
-        self._spec, self._arena = spec, arena
+    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = unheard) -> None:
+        self._spec, self._arena, self._say = spec, arena, say
         try:
             self._options = msgspec.convert(spec.options, TransformersOptions, strict=False)
         except msgspec.ValidationError as error:
@@ -74,7 +74,7 @@ class TransformersEngine:
         if resolved is None:
             resolved = self._resolved = await asyncio.get_running_loop().run_in_executor(self._thread, self._resolve)
         loading = asyncio.get_running_loop().run_in_executor(
-            self._thread, resolved.load, self._options.threads, self._options.attention
+            self._thread, resolved.load, self._say, self._options.threads, self._options.attention
         )
         self._loaded = await loading
         return self._loaded.info

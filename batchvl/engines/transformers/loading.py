@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,13 +64,16 @@ class Resolved:
             special_tokens=self._preparation.special_tokens(),
         )
 
-    def load(self, threads: int | None = None, attention: str | None = None) -> Loaded:
+    def load(self, say: Callable[[str], None], threads: int | None = None, attention: str | None = None) -> Loaded:
         """Loads the weights, sets the threads that a CPU computes with, and asks for one token.
 
+        say: told where the GPU's memory is waited for.
         Raises EngineUnavailable where the weights do not fit, ModelError where the model does not work.
         """
         if self._device.type == "cpu":
             torch.set_num_threads(threads or default_threads())
+        if self._device.type == "cuda":
+            wait_for_memory(self._device.index, self._checkpoint.weight_bytes, say)
         model = self._weights(attention)
         tokenizer = self._preparation.processor.tokenizer
         words = Vocabulary(tokenizer, _end_tokens(model, tokenizer))
@@ -91,8 +95,6 @@ class Resolved:
         return Loaded(info, generation, words)
 
     def _weights(self, attention: str | None) -> Any:
-        if self._device.type == "cuda":
-            wait_for_memory(self._device.index, self._checkpoint.weight_bytes)
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 self._checkpoint.path,

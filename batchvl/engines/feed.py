@@ -1,0 +1,135 @@
+"""What hands an engine's process its rows in lists, and sees to it that they come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..options import EngineOptions
+from ..request import Response
+from .process import EngineProcess
+from .protocol import EngineInfo
+from .rows import Rows
+
+LINGER_SECONDS = 0.005
+"""How long an incomplete list waits for more rows while the engine has room."""
+
+
+class Feed:
+    """Feeds one process at a time: the one that is given to `open`, until `close` or `drain`."""
+
+    def __init__(self, rows: Rows, options: EngineOptions) -> None:
+        self._rows, self._options = rows, options
+        self._process: EngineProcess | None = None
+        self._info: EngineInfo | None = None
+        self._drained: Callable[[], None] | None = None
+        self._lingering: asyncio.TimerHandle | None = None
+        self._progress = time.monotonic()
+        self.singly = False
+        """Whether to hand over one row at a time, until one is answered."""
+        self.answers = 0
+        self.idle_seconds = 0.0
+        """Seconds in which the engine was up and had nothing to do, between its first list and its last."""
+        self.idle_since: float | None = None
+        """When the engine ran out of rows, on the monotonic clock; None while it has some."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a process that is up and not to be replaced."""
+        return self._process is not None and self._drained is None
+
+    def open(self, process: EngineProcess, info: EngineInfo) -> None:
+        """The process is up: it gets rows from now on."""
+        self._process, self._info = process, info
+        self.alive()
+        self.idle_since = self.idle_since or self._progress
+        self.pump()
+
+    def drain(self, then: Callable[[], None]) -> None:
+        """The process gets no more rows; `then` is called once it has answered those that it holds."""
+        self._drained = then
+        self.pump()
+
+    def close(self) -> None:
+        """The process is gone."""
+        self._process = self._drained = None
+
+    def pump(self, lingered: bool = False) -> None:
+        """Hands over lists while the engine has room; an incomplete one only after a moment's wait for more."""
+        if self._process is None or self._info is None or self._process.gone:
+            return
+        rows, size, most_open = self._rows, self._info.batch_size, self._info.lists_open
+        if self._drained is not None:
+            if not rows.held:
+                self.idle_since = None  # it is not rows that are missing
+                self._drained()
+            return
+        if self.singly and not self.answers:
+            size = most_open = 1  # was it the engine or a row? One row, from their middle, tells
+            rows.waiting.rotate(len(rows.waiting) // 2)
+        while rows.waiting and rows.lists_open < most_open:
+            if len(rows.waiting) < size and not lingered:
+                if self._lingering is None:
+                    self._lingering = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._pump_lingered)
+                return
+            self._send(self._process, size)
+
+    def answered(self, responses: list[Response]) -> None:
+        """Rows are back."""
+        self.answers += len(responses)
+        self.alive()
+        for response in responses:
+            self._rows.answered(response, self._progress)
+        if not self._rows.held:
+            self.idle_since = self._progress
+        self.pump()
+
+    def alive(self) -> None:
+        """The engine makes progress."""
+        self._progress = time.monotonic()
+
+    def abort(self, row: int) -> None:
+        """Has the engine end a row that it holds; it comes back all the same."""
+        held = self._rows.held.get(row)
+        if held is not None and not held.aborted and self._process is not None:
+            held.aborted = True
+            self._process.abort(row)
+
+    async def watch(self, say: Callable[[str], None], log: Path) -> None:
+        """Aborts rows past their deadline and ends a process that makes no progress, for as long as it is awaited."""
+        hang = self._options.hang_timeout
+        while True:
+            await asyncio.sleep(min(1.0, hang / 4, self._options.row_timeout / 4))
+            now = time.monotonic()
+            for number, row in self._rows.overdue(now):
+                if self._process is None:
+                    break
+                if row.timed_out:
+                    self._process.kill("it did not let go of a row that it was told to abort")
+                    break
+                row.timed_out, row.deadline = True, now + hang
+                self.abort(number)
+            if self._rows.held and now - self._progress > hang and self._process is not None:
+                self._progress, hung = now, self._process
+                hung.dump_stacks()
+                say(f"the engine hangs: no progress for {hang:g} s (--hang-timeout); where it stands is in {log}")
+                await asyncio.sleep(0.5)  # in which another may take its place
+                hung.kill(f"it made no progress for {hang:g} s (--hang-timeout)", "was ended, having hung,")
+
+    def _pump_lingered(self) -> None:
+        self._lingering = None
+        self.pump(lingered=True)
+
+    def _send(self, process: EngineProcess, size: int) -> None:
+        now = time.monotonic()
+        requests = self._rows.next_list(size, now)
+        if not requests:
+            return
+        if self.idle_since is not None:
+            if self.answers:
+                self.idle_seconds += now - self.idle_since
+            self.idle_since = None
+            self._progress = now
+        process.infer(requests)

@@ -1,0 +1,87 @@
+"""The rows of one engine: those that wait to go in and those that are in it, with who waits for each, and how long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+
+from ..errors import RowTimeout
+from ..request import Failure, Request, Response
+
+
+class Held:
+    """A row in the engine: who waits for it, the list it went in, and its deadline on the monotonic clock."""
+
+    __slots__ = ("aborted", "answer", "deadline", "members", "sent", "timed_out")
+
+    def __init__(self, answer: asyncio.Future[Response], members: set[int], sent: float, deadline: float) -> None:
+        self.answer, self.members, self.sent, self.deadline = answer, members, sent, deadline
+        self.aborted = self.timed_out = False
+
+
+class Rows:
+    """`waiting` go in, in lists, and are `held` until they are answered; by number. Times are passed in."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self.waiting: deque[tuple[Request, asyncio.Future[Response]]] = deque()
+        self.held: dict[int, Held] = {}
+        self.lists_open = 0
+        self.seconds = 0.0
+        """That rows were in the engine, summed over the rows."""
+
+    def add(self, request: Request) -> asyncio.Future[Response]:
+        """A row that waits from now on, and its answer."""
+        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self.waiting.append((request, answer))
+        return answer
+
+    def next_list(self, size: int, now: float) -> list[Request]:
+        """Up to `size` rows that wait, which are held from now on; none where nobody waits for any."""
+        requests: list[Request] = []
+        members: set[int] = set()
+        while self.waiting and len(requests) < size:
+            request, answer = self.waiting.popleft()
+            if not answer.done():
+                requests.append(request)
+                members.add(request.row)
+                self.held[request.row] = Held(answer, members, now, now + self._timeout)
+        self.lists_open += bool(requests)
+        return requests
+
+    def answered(self, response: Response, now: float) -> None:
+        """A held row's response; one that comes after the row's deadline is a failure."""
+        row = self.held.pop(response.row, None)
+        if row is None:
+            return
+        self.seconds += now - row.sent
+        row.members.discard(response.row)
+        if not row.members:
+            self.lists_open -= 1
+        if row.timed_out:
+            text = f"the row was longer than {self._timeout:g} s in the engine (--row-timeout)"
+            response = Response(response.row, failure=Failure.of(RowTimeout(text)))
+        if not row.answer.done():
+            row.answer.set_result(response)
+
+    def overdue(self, now: float) -> Iterator[tuple[int, Held]]:
+        """Held rows that are past their deadline."""
+        return ((number, row) for number, row in self.held.items() if now > row.deadline)
+
+    def give_back(self, error: Exception) -> None:
+        """The engine holds nothing any more: this is what became of the rows."""
+        self.lists_open = 0
+        held, self.held = self.held, {}
+        for row in held.values():
+            if not row.answer.done():
+                row.answer.set_exception(error)
+
+    def release(self, error: Exception) -> None:
+        """As `give_back`, for the rows that wait as well."""
+        self.give_back(error)
+        waiting = [answer for _, answer in self.waiting]
+        self.waiting.clear()
+        for answer in waiting:
+            if not answer.done():
+                answer.set_exception(error)
