@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -147,3 +148,37 @@ def demo(folder: Path | None) -> None:
     from .demo import demo as answer
 
     sys.exit(answer(folder))
+
+
+@main.command(short_help="What works on this machine, and what to do about what does not.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the screen.")
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    default=120,
+    show_default=True,
+    help="For importing torch and the engines' libraries, which takes long from a cold network disk.",
+)
+@refusing
+def doctor(as_json: bool, timeout: float) -> None:
+    """Look at Python, GPUs, libraries, memory, disk and Slurm, and say what works and what to do about what does not.
+
+    The last line says which engine batchvl run takes here. Exit code 0 if an engine can run, 2 if none can.
+    """
+    from . import doctor as checks
+
+    findings = []
+    for finding in checks.examine(timeout, _passing):
+        findings.append(finding)
+        if not as_json:
+            click.echo(str(finding))
+    if as_json:
+        click.echo(json.dumps(checks.as_json(findings), indent=2))
+    sys.exit(2 if findings[-1].level == "missing" else 0)
+
+
+def _passing(text: str) -> None:
+    """A line on a terminal that the next one takes the place of."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{text}", err=True, nl=False)

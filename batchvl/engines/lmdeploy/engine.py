@@ -15,7 +15,7 @@ from ...errors import EngineLost, EngineUnavailable, OptionError
 from ...images.arena import ArenaView
 from ...images.preparation import PreparationSpec
 from ...request import Request, Response
-from ..protocol import EngineInfo, EngineSpec
+from ..protocol import EngineInfo, EngineSpec, unheard
 from .sampling import HOTTEST
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class LmdeployEngine:
     stand still. Counts of tokens are of prompt and pictures, summed over the turns, and of the answers.
     """
 
-    def __init__(self, spec: EngineSpec, arena: ArenaView) -> None:
-        self._spec, self._arena = spec, arena
+    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = unheard) -> None:
+        self._spec, self._arena, self._say = spec, arena, say
         if spec.dtype == "float32":
             raise OptionError("--dtype float32: LMDeploy computes in float16 or bfloat16")
         if spec.sampling.temperature > HOTTEST:
@@ -68,7 +68,7 @@ class LmdeployEngine:
         if self._resolved is None:
             await self.resolve()
         assert self._resolved is not None
-        self._model = await loop.run_in_executor(self._thread, self._resolved.load)
+        self._model = await loop.run_in_executor(self._thread, self._resolved.load, self._say)
         self._watching = loop.create_task(self._watch(self._model))
         return self._model.info
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lmdeploy
+import torch
 from lmdeploy.archs import check_vl_llm, get_model_arch
 from PIL import Image
 from transformers import AutoTokenizer
@@ -117,14 +120,21 @@ class Resolved:
             "batchvl.engines.lmdeploy.pictures:Pictures", special_tokens=tuple(self._special)
         )
 
-    def load(self) -> Loaded:
+    def load(self, say: Callable[[str], None]) -> Loaded:
         """Loads the weights and asks for one token about a blank picture, so that what cannot work fails here.
 
+        say: told where the GPU's memory is waited for.
         Raises EngineUnavailable where they do not fit or something is missing, ModelError where LMDeploy fails over
         the model.
         """
         weights = self._checkpoint.weight_bytes // self._spec.lmdeploy["tp"]
-        gpu.wait_for_memory(0, weights)
+        gpu.wait_for_memory(0, weights, say)
+        self._before = self._memory(weights)
+        print(
+            self._before, file=sys.stderr, flush=True
+        )  # into the log: TurboMind ends the process where it is too little
+        if gpu.memory()[0] < weights and self._hf_config.dtype in (torch.float16, torch.bfloat16):
+            raise EngineUnavailable(f"{self._spec.model}: its weights do not fit\n{self._before}{self._advice()}")
         with _Complaints() as complaints:
             try:
                 pipe = lmdeploy.pipeline(
@@ -181,7 +191,8 @@ class Resolved:
         said = str(complaints) or f"{type(error).__name__}: {first_line(error)}"
         where = f"{self._spec.model}: LMDeploy ({self._backend})"
         if "out of memory" in f"{error} {complaints}".lower():
-            return EngineUnavailable(f"{where} found too little GPU memory: {first_line(error)}\n{self._memory()}")
+            said = first_line(error).split(". ")[0]  # torch goes on with a page about its allocator
+            return EngineUnavailable(f"{where} found too little GPU memory: {said}\n{self._before}{self._advice()}")
         if isinstance(error, ImportError):
             return EngineUnavailable(f"{where} misses a library: {first_line(error)}: pip install 'batchvl[lmdeploy]'")
         if isinstance(error, SystemExit):
@@ -190,19 +201,19 @@ class Resolved:
             return OptionError(f"{where} does not start: {said}")
         return ModelError(f"{where} cannot load it: {type(error).__name__}: {first_line(error)}")
 
-    def _memory(self) -> str:
-        free, total = (number / 2**30 for number in gpu.memory())
-        share = self._config.cache_max_entry_count
+    def _memory(self, weights: int) -> str:
         tp = self._config.tp
-        weights = self._checkpoint.weight_bytes / 2**30
+        each = f" for each of {tp} GPUs" if tp > 1 else ""
+        return f"  {gpu.told()}, of its files' weights {weights / 2**30:.1f} GiB{each}"
+
+    def _advice(self) -> str:
+        config = self._config
+        share, length = config.cache_max_entry_count, config.session_len or "the model's"
         return (
-            f"  {gpu.name()}: {free:.1f} of {total:.1f} GiB are free now; the weights' files have {weights:.1f} GiB"
-            + (f", over {tp} GPUs" if tp > 1 else "")
-            + f"; of what is left, {share:g} goes to the k/v cache\n"
-            f"  what helps: end what else uses the GPU (nvidia-smi); --cache-max-entry-count below {share:g}; "
-            f"--session-len below {self._config.session_len or 'the model’s'};\n"
-            f"  --engine-option max_batch_size=N below {self._config.max_batch_size}; --quant-policy 8; "
-            f"weights of 4 bits (an AWQ checkpoint); --tp {tp * 2}"
+            f"; the k/v cache takes {share:g} of what is left\n"
+            f"  what helps: end what else uses the GPU (nvidia-smi); --cache-max-entry-count below {share:g};\n"
+            f"  --session-len below {length}; --engine-option max_batch_size=N below {config.max_batch_size}; "
+            f"--quant-policy 8;\n  weights of 4 bits (an AWQ checkpoint); more GPUs (--tp {config.tp * 2})"
         )
 
     def _note(self, text: str | None) -> None:
