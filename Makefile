@@ -45,7 +45,7 @@ lint: $(MAIN)/.installed  ## ruff and mypy --strict
 	$(MAIN)/bin/mypy
 
 unit: $(MAIN)/.installed
-	$(MAIN)/bin/python -m pytest -m 'not slow and not crash and not lmdeploy' $(ARGS)
+	$(MAIN)/bin/python -m pytest -m 'not slow and not crash and not lmdeploy and not gpu' $(ARGS)
 
 test-all: test test-slow test-lmdeploy  ## everything, in both environments
 	@cat $(MAIN)/not-run.* 2>/dev/null || echo 'test-all: every mark was run; a test that skipped is named above with its reason'
@@ -57,7 +57,7 @@ not-run = { echo 'test-all: NOT RUN: $(1)' | tee $(MAIN)/not-run.$@; exit 0; }
 test-slow: $(MAIN)/.installed
 	@rm -f $(MAIN)/not-run.$@
 	@$(call marked,slow|crash) || $(call not-run,slow and crash: no test carries these marks yet); \
-	$(MAIN)/bin/python -m pytest -m '(slow or crash) and not lmdeploy' $(ARGS)
+	$(MAIN)/bin/python -m pytest -m '(slow or crash) and not lmdeploy and not gpu' $(ARGS)
 
 # LMDeploy allows no torch as new as the main environment's, hence the second one: one engine code, two torches, so the
 # engines' tests run in both.

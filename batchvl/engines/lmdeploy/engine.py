@@ -107,6 +107,9 @@ class LmdeployEngine:
         self._model = self._resolved = None
 
     def _resolve(self) -> Resolved:
+        # LMDeploy's check of its surroundings takes a process with torch and GPU memory of its own, and keeps to itself
+        # what it finds; what cannot work fails in loading as well, with a reason.
+        os.environ.setdefault("LMDEPLOY_ENABLE_CHECK_ENV", "0")
         try:
             from .model import Resolved
         except ImportError as error:

@@ -144,6 +144,7 @@ class Resolved:
                     trust_remote_code=self._spec.trust_remote_code,
                 )
                 self._limit_tiles(pipe)
+                _match_pixels(pipe)
                 self._try(pipe)
             except UsageError:
                 raise
@@ -219,6 +220,21 @@ class Resolved:
     def _note(self, text: str | None) -> None:
         if text is not None:
             self._notes.append(text)
+
+
+def _match_pixels(pipe: Any) -> None:
+    """Has pictures prepared in the type that TurboMind's vision half has loaded, or it aborts the process: LMDeploy
+    takes the one from the whole model's configuration, as AWQ's has float16, and the other from the vision half's.
+    """
+    engine = pipe.async_engine
+    if engine.backend == "turbomind":
+        from lmdeploy.turbomind import _tm
+
+        types = {_tm.DataType.TYPE_BF16: torch.bfloat16, _tm.DataType.TYPE_FP16: torch.float16}
+        loaded = types.get(getattr(engine.engine.source_model, "_vision_data_type", None))
+        if loaded is not None:
+            engine.vl_encoder.mm_feature_dtype = loaded
+            engine.vl_encoder.model.set_mm_feature_dtype(loaded)
 
 
 class _Complaints(logging.Handler):
