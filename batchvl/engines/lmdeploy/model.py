@@ -108,7 +108,7 @@ class Resolved:
         self._note(note)
         if not check_vl_llm(self._backend, self._hf_config.to_dict()):
             raise ModelError(
-                f"{spec.model}: {architecture} is not served by LMDeploy as a model for pictures; --engine transformers may"
+                f"{spec.model}: LMDeploy serves {architecture} not as a model for pictures; --engine transformers may"
             )
         self._config = engine_config(spec, self._backend)
         self._template = Template(path, spec.lmdeploy["chat_template"], trust)
