@@ -55,8 +55,9 @@ def turbomind(facts: Facts, lmdeploy: Facts, gpu: bool) -> Finding:
     if not lmdeploy.usable:
         return Finding("missing", what, "cannot be loaded without LMDeploy")
     if facts.error:
-        why = "until then LMDeploy computes by its slower PyTorch backend" if gpu else "it needs a GPU; with one:"
-        return Finding("missing", what, facts.error, f"{why}\n  {facts.advice}" if facts.advice else why)
+        why = "until then LMDeploy computes by its slower PyTorch backend" if gpu else "it needs a GPU"
+        command = f"{'' if gpu else '; with one:'}\n  {facts.advice}" if facts.advice else ""
+        return Finding("missing", what, facts.error, why + command)
     return Finding("ok", what, "its native module loads, with all of its libraries")
 
 

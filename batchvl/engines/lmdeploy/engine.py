@@ -6,9 +6,9 @@ import asyncio
 import faulthandler
 import os
 import re
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineLost, EngineUnavailable, OptionError
@@ -153,15 +153,20 @@ class LmdeployEngine:
         told = None
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            with suppress(TimeoutError):  # its loop stands still: then so do the steps, and the runner sees that
+            try:
                 tick, health = await asyncio.wait_for(self._probe(model), self._spec.hang_timeout)
-                self._ticks += tick != told
-                told = tick
-                if health["status"] == "unhealthy":
-                    faulthandler.dump_traceback(all_threads=True)
-                    lost = EngineLost(f"LMDeploy's engine is not well: {health['message']}")
-                    for answers in self._open:
-                        answers.put_nowait(lost)
+            except TimeoutError:
+                continue  # its loop stands still: then so do the steps, and the runner sees that
+            except Exception:
+                traceback.print_exc()
+                continue
+            self._ticks += tick != told
+            told = tick
+            if health["status"] == "unhealthy":
+                faulthandler.dump_traceback(all_threads=True)
+                lost = EngineLost(f"LMDeploy's engine is not well: {health['message']}")
+                for answers in self._open:
+                    answers.put_nowait(lost)
 
     async def _probe(self, model: Loaded) -> tuple[int, dict[str, Any]]:
         async def ask() -> tuple[int, dict[str, Any]]:
