@@ -8,7 +8,9 @@ import pytest
 
 import batchvl
 
-ELSEWHERE = {"batchvl.engines.lmdeploy.model"}  # wants LMDeploy, which this environment's torch is too new for
+ELSEWHERE = {
+    f"batchvl.engines.lmdeploy.{name}" for name in ("configuration", "model")
+}  # want LMDeploy, which this environment's torch is too new for
 MODULES = [
     found.name
     for found in pkgutil.walk_packages(batchvl.__path__, "batchvl.")

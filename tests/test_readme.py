@@ -53,7 +53,9 @@ def test_what_is_not_run_says_why_and_names_what_is_there():
             assert (ROOT / file).exists() or f"<!-- file: {file} -->" in README, file
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/lmdeploy.md", "jobs/README.md", "manifests/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/design.md", "docs/lmdeploy.md", "jobs/README.md", "manifests/README.md"]
+)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link

@@ -1,8 +1,9 @@
-"""The transformers engine in this process, with its Preparation in place of image workers and an arena between."""
+"""An engine in this process, with its Preparation in place of image workers and an arena between."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,10 +12,10 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-from batchvl.engines.protocol import EngineInfo, EngineSpec
-from batchvl.engines.transformers import TransformersEngine
-from batchvl.engines.transformers.preparation import ProcessorPreparation
+from batchvl.engines.protocol import Engine, EngineInfo, EngineSpec
+from batchvl.engines.registry import factory
 from batchvl.images.arena import Arena
+from batchvl.images.preparation import Preparation, PreparationSpec
 from batchvl.request import Extent, Message, Part, Request, Response, Sampling, Tensor
 
 
@@ -38,17 +39,18 @@ Question = tuple[Request, Sequence[Image.Image]]
 class Line:
     """An engine that is started, and what leads to it."""
 
-    def __init__(self, engine: TransformersEngine, preparation: ProcessorPreparation, info: EngineInfo, arena: Arena):
-        self.engine, self.preparation, self.info, self.arena = engine, preparation, info, arena
+    def __init__(self, engine: Engine, prepared_by: PreparationSpec, info: EngineInfo, arena: Arena):
+        self.engine, self.preparation_spec, self.info, self.arena = engine, prepared_by, info, arena
+        self.preparation = _made(prepared_by)
 
     async def infer(self, questions: Sequence[Question]) -> AsyncIterator[Response]:
         """Responses in order of completion; each row's part of the arena is wiped the moment its response is there."""
         requests = [await self.prepared(*question) for question in questions]
         extents = {request.row: request.extent for request in requests}
         async for response in self.engine.infer(requests):
-            extent = extents[response.row]
-            self.arena.at(extent)[:] = b"\xff" * extent.length
-            self.arena.release(extent)
+            if (extent := extents[response.row]) is not None:
+                self.arena.at(extent)[:] = b"\xff" * extent.length
+                self.arena.release(extent)
             yield response
 
     async def ask(self, *questions: Question) -> list[Response]:
@@ -62,6 +64,8 @@ class Line:
         return [(await self.ask(question))[0] for question in questions]
 
     async def prepared(self, request: Request, pictures: Sequence[Image.Image]) -> Request:
+        if not pictures and not self.preparation_spec.text_too:
+            return request
         arrays, tensors, at = self.preparation.prepare(request, pictures), [], 0
         for key, array in arrays.items():
             name, _, dtype = key.partition(":")
@@ -75,20 +79,36 @@ class Line:
         )
 
 
+def _made(spec: PreparationSpec) -> Preparation:
+    """As image workers make it."""
+    module, _, name = spec.factory.partition(":")
+    return getattr(importlib.import_module(module), name)(**spec.options)
+
+
+@asynccontextmanager
+async def started(spec: EngineSpec, *, megabytes: int = 16) -> AsyncIterator[Line]:
+    """A Line for an engine, which is closed at the end."""
+    arena = Arena(megabytes * 16)
+    engine = factory(spec.engine)(spec, arena)
+    try:
+        preparation = await engine.resolve()
+        assert preparation is not None
+        yield Line(engine, preparation, await engine.start(), arena)
+    finally:
+        await asyncio.wait_for(engine.close(), 30)
+        arena.close()
+
+
 @asynccontextmanager
 async def line(model: Path, *, megabytes: int = 16, **spec: object) -> AsyncIterator[Line]:
-    """A Line for a model in float32, on a CPU with one thread unless BATCHVL_TEST_DEVICE names another device."""
-    arena = Arena(megabytes * 16)
+    """The engine transformers with a model in float32, on a CPU with one thread unless BATCHVL_TEST_DEVICE names
+    another device.
+    """
     wanted = {
         "device": os.environ.get("BATCHVL_TEST_DEVICE", "cpu"),
         "dtype": "float32",
         "options": {"threads": 1},
         **spec,
     }
-    engine = TransformersEngine(EngineSpec("transformers", str(model), **wanted), arena)
-    try:
-        preparation = await engine.resolve()
-        yield Line(engine, ProcessorPreparation(**preparation.options), await engine.start(), arena)
-    finally:
-        await asyncio.wait_for(engine.close(), 30)
-        arena.close()
+    async with started(EngineSpec("transformers", str(model), **wanted), megabytes=megabytes) as found:
+        yield found

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.gpu import checkpoints
 
@@ -30,6 +31,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 SHAPES = Path("manifests/shapes.jsonl").resolve()
 GOOD = [row for row in map(json.loads, SHAPES.read_text().splitlines()) if "truth" in row]
 SMALL = ("--engine-option", "max_batch_size=16", "--cache-max-entry-count", "0.1")
+# Without this LMDeploy wants the library ray for several GPUs.
+PYTORCH_TP = ("--backend", "pytorch", "--engine-option", "distributed_executor_backend=mp")
 
 
 class Run:
@@ -170,7 +173,8 @@ def test_settings_reach_the_engine(tmp_path: Path) -> None:
     drawn = {"temperature": 1.5, "max_new_tokens": 24}
     kinds = [
         {"max_new_tokens": 24}, {"max_new_tokens": 24}, {"max_new_tokens": 24, "repetition_penalty": 1.5},
-        {**drawn, "seed": 1}, {**drawn, "seed": 1}, {**drawn, "seed": 2}, {**drawn, "seed": 1, "top_k": 1}, {"max_new_tokens": 7},
+        {**drawn, "seed": 1}, {**drawn, "seed": 1}, {**drawn, "seed": 2}, {**drawn, "seed": 1, "top_k": 1},
+        {"max_new_tokens": 7},
     ]  # fmt: skip
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("\n".join(json.dumps({"prompt": "go on", "generation": kind}) for kind in kinds))
@@ -213,6 +217,15 @@ def test_too_little_gpu_memory_at_the_start_is_told_with_numbers(tmp_path: Path,
     assert "GiB are free" in run.said
     assert "--cache-max-entry-count" in run.said
     assert not list(tmp_path.rglob("results.parquet"))
+
+
+@pytest.mark.parametrize("options", [("--backend", "turbomind"), PYTORCH_TP], ids=["turbomind", "pytorch"])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+def test_two_gpus_share_a_model(tmp_path: Path, options: tuple[str, ...]) -> None:
+    run = Run(tmp_path / "out", "--model", "shapes", "--tp", "2", *options, *SMALL).wait()
+    assert run.code == 3
+    assert run.right() == len(GOOD)
+    assert "x 2" in run.summary["engine"]["backend"]
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])

@@ -20,15 +20,22 @@ TILE_PIXELS = 448 * 448
 def picture_settings(architecture: str, max_tiles: int | None) -> dict[str, int]:
     """What goes along with each picture for at most `max_tiles` tiles of it. Raises OptionError.
 
-    InternVL's Hugging Face form is limited in its processor instead: see `Resolved.load`.
+    InternVL's Hugging Face form and Qwen's are limited in their processors instead: see `limit`.
     """
-    if max_tiles is None or architecture in INTERNVL - {"InternVLChatModel"}:
+    if max_tiles is None or architecture in INTERNVL - {"InternVLChatModel"} | QWEN:
         return {}
     if architecture == "InternVLChatModel":
         return {"max_dynamic_patch": max_tiles}
-    if architecture in QWEN:
-        return {"max_pixels": max_tiles * TILE_PIXELS}
     raise OptionError(f"--max-tiles: LMDeploy has no such setting for {architecture}; want InternVL or Qwen2-VL")
+
+
+def limit(architecture: str, images: Any, max_tiles: int) -> None:
+    """Has the image processor `images` make at most so many tiles of a picture, where that is its own setting."""
+    if architecture in QWEN:
+        most = max_tiles * TILE_PIXELS
+        images.size = {"longest_edge": most, "shortest_edge": min(images.size["shortest_edge"], most)}  # areas
+    elif hasattr(images, "max_patches"):
+        images.max_patches, images.min_patches = max_tiles, min(images.min_patches, max_tiles)
 
 
 class Chat:

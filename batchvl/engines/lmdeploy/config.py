@@ -96,7 +96,9 @@ def engine_config(spec: EngineSpec, backend: str) -> Any:
     if "max_batch_size" not in values:
         values["max_batch_size"] = min(MOST_ROWS, get_max_batch_size("cuda"))
     try:
-        return TypeAdapter(kind).validate_python(values)
+        config = TypeAdapter(kind).validate_python(values)
+        assert config.max_batch_size > 0, "max_batch_size must be positive"  # with none it would wait for ever
+        return config
     except ValidationError as error:
         found = error.errors()[0]
         where = ".".join(map(str, found["loc"])) or _named(str(found["msg"]), values)

@@ -41,7 +41,7 @@ class Conversation:
         try:
             await self._turn()
             for message in self._request.followups:
-                self._asked += (Message("assistant", (Part(text=self._texts[-1]),)), message)
+                self._asked += (Message("assistant", (Part(text=self._model.words.escaped(self._texts[-1])),)), message)
                 await self._turn()
         except RowError as error:
             return self._response(error)
@@ -80,11 +80,11 @@ class Conversation:
         from lmdeploy import GenerationConfig
         from lmdeploy.serve.core import RequestError
 
-        model, sampling = self._model, self._request.sampling
-        stops = Stops(text for text in sampling.stop if text not in model.special)
+        model, words, sampling = self._model, self._model.words, self._request.sampling
+        stops = Stops(text for text in sampling.stop if text not in words.special)
         text, reason, cut, tokens = "", None, None, 0
         try:
-            wanted = GenerationConfig(**settings(sampling, model.stop_ids, model.special))
+            wanted = GenerationConfig(**settings(sampling, model.stop_ids, words))
             async with model.preparing:
                 messages = await self._messages()
                 prepared = await model.engine.preprocess(messages, self._session, gen_config=wanted)

@@ -3,76 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lmdeploy
 import torch
-from lmdeploy.archs import check_vl_llm, get_model_arch
+from lmdeploy.archs import check_vl_llm
 from PIL import Image
 from transformers import AutoTokenizer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from ...budget import Budget
 from ...errors import EngineUnavailable, ModelError, OptionError, UsageError
 from ...images.preparation import PreparationSpec
 from ...resources import memory
 from .. import gpu
-from ..checkpoint import Checkpoint, find, first_line
+from ..checkpoint import find, first_line
 from ..protocol import EngineInfo, EngineSpec
-from .chat import Chat, picture_settings
-from .config import choose_backend, engine_config
+from .chat import Chat, limit, picture_settings
+from .config import choose_backend, engine_config, text_config
+from .configuration import configuration
+from .room import Room
 from .template import Template
+from .vocabulary import Vocabulary
 
 SERIES = "0.18."
 """The LMDeploy that all here was read and measured with."""
 LIST = 32
 PREPARING = 8
 """Rows whose pictures are being made tiles of: LMDeploy does that one by one, and the rest wait as they came."""
-PICTURE_BYTES = 16 * 2**20
-"""What a picture's tiles are taken for until the first is seen: InternVL's 13 in two bytes a number."""
-MARKS = ("<img>", "</img>", "<IMG_CONTEXT>", "<image>")
-"""What stands for a picture in a prompt, where tokenizers do not call it special."""
-
-
-class Room(Budget):
-    """Memory for pictures' tiles, from LMDeploy's preparation of a row to its answer. For one event loop."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._largest = PICTURE_BYTES
-        self._seen = False
-
-    async def take_pictures(self, count: int) -> int:
-        """Takes room for so many pictures; how many bytes, to be given back."""
-        amount = count * self._largest
-        await self.take(amount)
-        return amount
-
-    def saw(self, prepared: Any) -> None:
-        """Learns from a prepared request how much its pictures' tiles take."""
-        found = prepared.inputs.get("multimodal") or []
-        largest = max((_bytes(item) for item in found), default=0)
-        if largest:
-            self._largest = max(largest, self._largest) if self._seen else largest
-            self._seen = True
-
-
-def _bytes(item: Any) -> int:
-    values = item.values() if isinstance(item, dict) else ()
-    return sum(int(value.nbytes) for value in values if hasattr(value, "nbytes"))
 
 
 class Loaded:
     """A pipeline that answers. `preparing`, `room` and `steps` are for its own loop."""
 
-    def __init__(self, pipe: Any, info: EngineInfo, chat: Chat, special: dict[str, int]) -> None:
-        self.pipe, self.info, self.chat, self.special = pipe, info, chat, special
+    def __init__(self, pipe: Any, info: EngineInfo, chat: Chat, words: Vocabulary) -> None:
+        self.pipe, self.info, self.chat, self.words = pipe, info, chat, words
         self.engine, self.sessions, self.loop = pipe.async_engine, pipe.session_mgr, pipe.internal_thread.loop
         self.stop_ids: list[int] = self.engine.stop_words or []
         self.preparing = asyncio.Semaphore(PREPARING)
@@ -102,7 +69,7 @@ class Resolved:
             raise EngineUnavailable(f"--tp {tp}: found {gpu.count()} GPUs here")
         self._checkpoint = find(spec.model, spec.revision, spec.trust_remote_code)
         path, trust = self._checkpoint.path, spec.trust_remote_code
-        self._hf_config = _configuration(self._checkpoint, spec.model, trust)
+        self._hf_config = configuration(self._checkpoint, spec.model, trust)
         architecture = self._hf_config.architectures[0]
         self._backend, note = choose_backend(spec.lmdeploy["backend"], spec.model, path, self._hf_config, trust)
         self._note(note)
@@ -115,9 +82,9 @@ class Resolved:
         self._note(self._template.note)
         self._chat = Chat(architecture, picture_settings(architecture, spec.max_tiles))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        self._special = _special_tokens(tokenizer)
+        self._words = Vocabulary(tokenizer, int(text_config(self._hf_config).vocab_size))
         self.preparation_spec = PreparationSpec(
-            "batchvl.engines.lmdeploy.pictures:Pictures", special_tokens=tuple(self._special)
+            "batchvl.engines.lmdeploy.pictures:Pictures", special_tokens=tuple(self._words.special)
         )
 
     def load(self, say: Callable[[str], None]) -> Loaded:
@@ -153,7 +120,7 @@ class Resolved:
         backend = pipe.async_engine.backend
         if backend != self._backend:
             raise EngineUnavailable(f"LMDeploy runs its engine {backend} although {self._backend} was asked for")
-        return Loaded(pipe, self._info(pipe), self._chat, self._special)
+        return Loaded(pipe, self._info(pipe), self._chat, self._words)
 
     def _info(self, pipe: Any) -> EngineInfo:
         engine, size = pipe.async_engine, self._spec.batch_size or LIST
@@ -183,10 +150,8 @@ class Resolved:
     def _limit_tiles(self, pipe: Any) -> None:
         processor = getattr(pipe.async_engine.vl_encoder.model, "processor", None)
         images: Any = getattr(processor, "image_processor", None)
-        if self._spec.max_tiles is None or not hasattr(images, "max_patches"):
-            return
-        images.max_patches = self._spec.max_tiles
-        images.min_patches = min(images.min_patches, self._spec.max_tiles)
+        if self._spec.max_tiles is not None and images is not None:
+            limit(self._hf_config.architectures[0], images, self._spec.max_tiles)
 
     def _refusal(self, error: BaseException, complaints: _Complaints) -> UsageError:
         said = str(complaints) or f"{type(error).__name__}: {first_line(error)}"
@@ -256,43 +221,3 @@ class _Complaints(logging.Handler):
 
     def __str__(self) -> str:
         return "; ".join(self._lines)
-
-
-def _configuration(checkpoint: Checkpoint, model: str, trust_remote_code: bool) -> Any:
-    """The model's configuration as LMDeploy reads it. Raises ModelError."""
-    raw = json.loads((Path(checkpoint.path) / "config.json").read_text())
-    kind, remote = raw.get("model_type"), raw.get("auto_map", {})
-    if remote and kind not in CONFIG_MAPPING_NAMES:
-        if not trust_remote_code:
-            raise ModelError(
-                f"{model}: models of type {kind!r} come with Python code of their own, which would run here: "
-                "read it, then give --trust-remote-code, or take a model that needs none, such as InternVL's `-hf` ones"
-            )
-        if missing := _missing_code(checkpoint, remote):
-            raise ModelError(
-                f"{model}: {', '.join(missing)} is missing in {checkpoint.path}, and config.json names it: copy the "
-                "Python files of the model it was made from"
-            )
-    try:
-        _, config = get_model_arch(checkpoint.path, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(f"{model}: config.json cannot be read: {first_line(error)}") from error
-    if not config.architectures:
-        raise ModelError(f"{model}: config.json names no architecture")
-    return config
-
-
-def _missing_code(checkpoint: Checkpoint, remote: dict[str, Any]) -> list[str]:
-    """Python files that a configuration needs and the folder lacks."""
-    named = [str(remote.get(kind) or "") for kind in ("AutoConfig",)]
-    files = [f"{name.split('.')[0]}.py" for name in named if name and "--" not in name]
-    return [file for file in files if not (Path(checkpoint.path) / file).is_file()]
-
-
-def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The strings that the tokenizer reads as control tokens wherever they stand in a text, and their numbers."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    vocabulary = tokenizer.get_vocab()
-    marks = [mark for mark in MARKS if mark in vocabulary]
-    found = dict.fromkeys([*added, *tokenizer.all_special_tokens, *marks])
-    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in found}

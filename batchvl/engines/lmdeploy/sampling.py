@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ...errors import Unsupported
 from ...request import Sampling
+from .vocabulary import Vocabulary
 
 HOTTEST = 2.0
 """LMDeploy takes no higher temperature."""
 
 
-def settings(sampling: Sampling, stop_ids: Iterable[int], special: Mapping[str, int]) -> dict[str, Any]:
+def settings(sampling: Sampling, stop_ids: Iterable[int], words: Vocabulary) -> dict[str, Any]:
     """The fields of LMDeploy's GenerationConfig. Raises Unsupported.
 
     Without do_sample LMDeploy takes greedy for greedy and forgets the repetition penalty: an answer with one is drawn
     from the single best token. Texts that stop an answer are none of its business (it takes only those that are one
     token, and then every token that holds them): `Stops` sees to them, but for special tokens.
 
-    stop_ids: the chat template's own, which a row's must not replace. special: special tokens to their numbers.
-
-    >>> settings(Sampling(repetition_penalty=1.1), [], {})["top_k"]
-    1
+    stop_ids: the chat template's own, which a row's must not replace.
     """
     if sampling.temperature > HOTTEST:
         raise Unsupported(f"temperature {sampling.temperature:g}: LMDeploy takes {HOTTEST:g} at most")
     fields: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "random_seed": sampling.seed}
-    if ids := sorted({*stop_ids, *(special[text] for text in sampling.stop if text in special)}):
+    if ids := sorted({*stop_ids, *(words.special[text] for text in sampling.stop if text in words.special)}):
         fields["stop_token_ids"] = ids
     if sampling.temperature > 0:
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        top_k = (
+            sampling.top_k if sampling.top_k < words.size else 0
+        )  # more than there are ends LMDeploy's PyTorch engine
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": top_k}
         return {**fields, **drawn, "do_sample": True, "repetition_penalty": sampling.repetition_penalty}
     if sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class Template:
 
 def _json(name: str, known: list[str]) -> str:
     """The file's text, once it is one. Raises OptionError."""
+    from lmdeploy.model import ChatTemplateConfig
+
     file = Path(name)
     if not file.is_file():
         close = difflib.get_close_matches(name, known, 3) or sorted(set(known) - {"base", "hf"})
@@ -69,10 +72,17 @@ def _json(name: str, known: list[str]) -> str:
         )
     try:
         text = file.read_text(encoding="utf-8")
-        if not isinstance(json.loads(text), dict):
+        found = json.loads(text)
+        if not isinstance(found, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
         raise OptionError(f"--chat-template {name}: cannot be read as JSON: {error}") from None
+    kinds = {field.name: list if field.name == "stop_words" else str for field in fields(ChatTemplateConfig)}
+    for field, value in found.items():
+        if field not in kinds:
+            raise OptionError(f"--chat-template {name}: has a field {field!r}; want {', '.join(kinds)}")
+        if value is not None and not isinstance(value, kinds[field]):
+            raise OptionError(f"--chat-template {name}: {field} is no {'list' if kinds[field] is list else 'string'}")
     return text
 
 

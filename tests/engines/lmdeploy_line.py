@@ -1,0 +1,97 @@
+"""The lmdeploy engine in this process, over the core without a GPU. Imports LMDeploy only when called."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from batchvl.engines.protocol import EngineSpec
+from batchvl.options import LmdeployOptions, PromptOptions, SamplingOptions
+from batchvl.prompt import Prompter
+from batchvl.request import InlineImage, Request, Response, Row
+
+from . import cpu_core
+from .in_process import Line, started
+
+PREPARING = 8
+"""As many rows as the engine has in LMDeploy's preparation at once."""
+
+
+def spec(model: Path | str, *, flags: dict[str, Any] | None = None, **settings: Any) -> EngineSpec:
+    """What the engine is told; `flags` are of LmdeployOptions."""
+    lmdeploy = asdict(LmdeployOptions(**{"backend": "pytorch", **(flags or {})}))
+    return EngineSpec("lmdeploy", str(model), **{"dtype": "float16", "lmdeploy": lmdeploy, **settings})
+
+
+class CoreLine:
+    """A Line of the engine, and the core that it ends in."""
+
+    def __init__(self, line: Line, core: cpu_core.Core) -> None:
+        self.line, self.core = line, core
+        self.loaded = line.engine._model
+
+    def request(self, row: Row, prompt: dict[str, Any] | None = None, **sampling: Any) -> Request:
+        """The row as the runner asks it."""
+        settings = SamplingOptions(**{"max_new_tokens": 64, **sampling})
+        return Prompter(PromptOptions(**(prompt or {})), settings, self.line.preparation_spec.special_tokens).request(
+            row
+        )
+
+    async def ask(
+        self, prompt: Any, pictures: Sequence[Image.Image] = (), options: dict[str, Any] | None = None, **sampling: Any
+    ) -> tuple[Response, list[cpu_core.Asked]]:
+        """One row, alone, and what the core was asked for it. `prompt` is one, or a Row's fields."""
+        fields = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+        row = Row(0, images=(InlineImage(b"", "drawn"),) * len(pictures), **fields)
+        before = len(self.core.asked)
+        [response] = await self.line.ask((self.request(row, options, **sampling), pictures))
+        return response, self.core.asked[before:]
+
+    async def asked(self, *what: Any, **how: Any) -> cpu_core.Asked:
+        """What the core was asked for a row that is answered in one turn."""
+        response, found = await self.ask(*what, **how)
+        assert response.failure is None, response.failure
+        [asked] = found
+        assert response.input_tokens == asked.tokens
+        return asked
+
+    def left(self) -> dict[str, Any]:
+        """What is still held for rows: handles, sessions, bytes of room, turns in preparation, rows."""
+        loaded = self.loaded
+        return {
+            "handles": loaded.sessions.request_handle_pool.num_dispatched,
+            "sessions": len(loaded.sessions.sessions),
+            "room": loaded.room._size - loaded.room._left,
+            "preparing": PREPARING - loaded.preparing._value,
+            "rows": len(self.line.engine._rows),
+            "core": self.core.inflight,
+            "blocks": self.line.arena.blocks - self.line.arena.free_blocks,
+        }
+
+    async def idle(self) -> None:
+        """Returns when nothing is held for any row, which is very soon after its end."""
+        end = time.monotonic() + 2
+        while any(self.left().values()):
+            assert time.monotonic() < end, self.left()
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def with_core(
+    model: Path | str, behaviour: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[CoreLine]:
+    """The engine, started; what it was asked at its start is forgotten."""
+    with pytest.MonkeyPatch.context() as patch:
+        cores = cpu_core.install(patch.setattr, **(behaviour or {"answer": "digest"}))
+        async with started(spec(model, **settings)) as line:
+            [core] = cores
+            core.asked.clear()
+            yield CoreLine(line, core)
