@@ -18,6 +18,8 @@ ARGS ?=
 
 export PIP_QUIET ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+# LMDeploy's processes are started over and over, and each would compile what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Unused modules of packages like torch need no .pyc; halves the time of an installation.
 INSTALL = -m pip install --no-compile
 # Two OpenMP threads on two busy cores spin against each other: up to ten times slower than one.

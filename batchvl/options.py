@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from .errors import OptionError
-from .values import Duration, Shard, Size, parse, plain, wanted
+from .values import Duration, Shard, Size, Timeout, parse, plain, wanted
 
 DEFAULT_MODEL = "OpenGVLab/InternVL-Chat-V1-5"
 
@@ -75,7 +75,7 @@ class FetchOptions:
         (), "Folder that pictures may lie in, besides the manifest's; may be repeated.", metavar="DIR"
     )
     max_image_bytes: Size = option(Size(32 * 2**20), "Most bytes of one encoded picture.", metavar="SIZE")
-    fetch_timeout: Duration = option(Duration(60), "For one picture, all retries included.", metavar="TIME")
+    fetch_timeout: Timeout = option(Timeout(60), "For one picture, all retries included.", metavar="TIME")
     fetch_retries: Count = option(4, "Times that fetching is tried again.", metavar="N")
     fetch_concurrency: Positive = option(64, "Pictures fetched at once.", metavar="N")
     fetch_per_host: Positive = option(16, "Pictures fetched at once from one host.", metavar="N")
@@ -87,7 +87,7 @@ class ImageOptions:
 
     max_image_pixels: Positive = option(100_000_000, "Most pixels of one picture, told by its header.", metavar="N")
     max_images: Positive = option(64, "Most pictures of one row.", metavar="N")
-    prepare_timeout: Duration = option(Duration(60), "For decoding and preparing one row's pictures.", metavar="TIME")
+    prepare_timeout: Timeout = option(Timeout(60), "For decoding and preparing one row's pictures.", metavar="TIME")
     image_workers: Positive | None = option(None, "Processes that prepare pictures. [default: the CPUs]", metavar="N")
     arena_bytes: Size | None = option(
         None, "Memory for fetched and prepared pictures. [default: an eighth of the memory, 256MiB to 8GiB]",
@@ -137,11 +137,11 @@ class EngineOptions:
         None, "Rows of a list that the engine is handed. [default: the engine's]", metavar="N"
     )
     engine_option: tuple[str, ...] = option((), "An option of the engine itself; may be repeated.", metavar="KEY=VALUE")
-    row_timeout: Duration = option(Duration(1800), "For one row in the engine.", metavar="TIME")
-    hang_timeout: Duration = option(
-        Duration(300), "An engine that makes no progress for so long is ended and started again.", metavar="TIME"
+    row_timeout: Timeout = option(Timeout(1800), "For one row in the engine.", metavar="TIME")
+    hang_timeout: Timeout = option(
+        Timeout(300), "An engine that makes no progress for so long is ended and started again.", metavar="TIME"
     )
-    start_timeout: Duration = option(Duration(3600), "For loading the model.", metavar="TIME")
+    start_timeout: Timeout = option(Timeout(3600), "For loading the model.", metavar="TIME")
     engine_memory: Size | None = option(
         None,
         "Memory of the engine's processes at which they are started afresh. [default: 3/4 of the memory]",
@@ -164,7 +164,7 @@ class LmdeployOptions:
     session_len: Positive | None = option(
         None, "Most tokens of prompt, pictures and answer. [default: the model's]", metavar="N"
     )
-    cache_max_entry_count: Annotated[float, Meta(gt=0)] = option(
+    cache_max_entry_count: Annotated[float, Meta(gt=0, lt=1)] = option(
         0.8, "Share of the free GPU memory for the k/v cache.", metavar="SHARE"
     )
     model_format: str | None = option(

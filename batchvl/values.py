@@ -49,6 +49,19 @@ class Duration(float):
         return f"{float(self):g}s"
 
 
+class Timeout(Duration):
+    """A Duration after which something is given up: never 0, which would give up everything."""
+
+    @classmethod
+    def parse(cls, value: Any) -> Timeout:
+        seconds = Duration.parse(value)
+        if not seconds:
+            raise ValueError(
+                f"{value!r} would give up everything: want a time above 0; a long one is no limit, such as 7d"
+            )
+        return cls(seconds)
+
+
 @dataclass(frozen=True)
 class Shard:
     """Part `index` of `count` equal parts of the manifest's rows, 0 <= index < count; written I/N."""

@@ -44,7 +44,8 @@ class Core:
     """Stands for lmdeploy.pytorch.engine.Engine. `behaviour` is what a test ordered, and may be changed any time:
 
     answer: "model" runs the checkpoint with transformers, greedily; "digest" answers with a digest of the prompt's
-    tokens and each picture's pixels; "say" says `say`. delay: seconds before each token. status: a ResponseType's name,
+    tokens and each picture's pixels; "say" says `say`. delay: seconds before each token; whole: all
+    tokens at once, as TurboMind gives them to who does not want a stream. status: a ResponseType's name,
     told after `after` tokens. raises: text of an exception. silent: no output at all. hang: not a token, ever; block:
     nor does anything else on the loop move. die: the process is gone. unwell: reported as not alive from then on.
     once: a file; only the first to make it behaves so. rules: by a text that the prompt holds, the behaviour it calls
@@ -158,7 +159,13 @@ class Instance:
         self.cancelled: dict[int, asyncio.Event] = {}
 
     async def async_stream_infer(
-        self, session_id: int, input_ids: list[int], gen_config: Any = None, multimodal: Any = None, **_: Any
+        self,
+        session_id: int,
+        input_ids: list[int],
+        gen_config: Any = None,
+        multimodal: Any = None,
+        stream_output: bool = False,
+        **_: Any,
     ) -> Any:
         core = self.core
         core.inflight += 1
@@ -178,18 +185,27 @@ class Instance:
             if plan.get("hang"):
                 await asyncio.Event().wait()
             if not plan.get("silent"):
-                async for output in self._outputs(asked, plan, input_ids, multimodal, cancelled):
+                async for output in self._outputs(asked, plan, input_ids, multimodal, cancelled, stream_output):
                     yield output
         finally:
             core.inflight -= 1
             del self.cancelled[session_id]
 
     async def _outputs(
-        self, asked: Asked, plan: dict[str, Any], input_ids: list[int], multimodal: Any, cancelled: asyncio.Event
+        self,
+        asked: Asked,
+        plan: dict[str, Any],
+        input_ids: list[int],
+        multimodal: Any,
+        cancelled: asyncio.Event,
+        stream: bool,
     ) -> Any:
         from lmdeploy.messages import EngineOutput, ResponseType
 
         ids = await asyncio.to_thread(self.core.answer, asked, plan, input_ids, multimodal)
+        if plan.get("whole") and not stream:
+            yield EngineOutput(ResponseType.FINISH, ids)
+            return
         for at, token in enumerate(ids):
             if "status" in plan and at >= plan.get("after", 0):
                 yield EngineOutput(ResponseType[plan["status"]], [])

@@ -210,6 +210,30 @@ async def test_the_turn_after_a_stop_text_sees_the_answer_cut(line: CoreLine):
     assert "<|im_start|>assistant\none.<|im_end|>" in asked[1].prompt
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("limit", range(1, 13))
+async def test_an_answer_that_is_cut_within_a_character_is_kept_up_to_it(line: CoreLine, whole, limit):
+    """LMDeploy gives no text at all of an output that ends so, and TurboMind's answer is one output."""
+    said = "A fox 🦊 ü"
+    tokens = line.core.tokenizer.encode(said, add_special_tokens=False)
+    expected = line.core.tokenizer.decode(tokens[:limit]).rstrip("\N{REPLACEMENT CHARACTER}")
+    line.core.behaviour.update(answer="say", say=said, whole=whole)
+    response, _ = await line.ask("hello", max_new_tokens=limit)
+
+    assert response.failure is None
+    [text] = response.texts
+    assert text.strip() == expected.strip()
+    assert response.output_tokens == min(limit, len(tokens))
+
+
+async def test_a_stop_text_in_an_end_that_lmdeploy_withheld_counts(line: CoreLine):
+    line.core.behaviour.update(answer="say", say="red ## 🦊", whole=False)
+    length = len(line.core.tokenizer.encode("red ## 🦊", add_special_tokens=False))
+    response, _ = await line.ask("hello", stop=["##"], max_new_tokens=length - 1)
+
+    assert response.texts == ("red ",)
+
+
 async def test_how_an_answer_ended_is_told(line: CoreLine):
     line.core.behaviour.update(answer="say", say="abcdefgh")
     whole, _ = await line.ask("hello")

@@ -126,3 +126,17 @@ def test_the_output_lies_beside_the_manifest(tmp_path, monkeypatch):
     assert run(Path("data/day.jsonl"), output=Path("here")).output == "here"
     assert run("data/").output == "data-batchvl"
     assert run("data/*.jsonl").output == "data/manifest-batchvl"
+
+
+@pytest.mark.parametrize("name", ["row_timeout", "hang_timeout", "start_timeout", "fetch_timeout", "prepare_timeout"])
+def test_a_time_limit_of_nothing_is_refused(name):
+    """Elsewhere 0 often means none; here it would fail every row."""
+    with pytest.raises(OptionError, match=f"--{name.replace('_', '-')}: .*want a time above 0"):
+        RunOptions.of(**{name: "0"})
+
+
+@pytest.mark.parametrize("share", ["80", "1", "0", "inf"])
+def test_a_share_of_the_gpu_is_below_one(share):
+    """LMDeploy takes 80 for a number of blocks."""
+    with pytest.raises(OptionError, match="--cache-max-entry-count"):
+        RunOptions.of(cache_max_entry_count=share)

@@ -33,6 +33,7 @@ class Conversation:
         self._input_tokens = self._output_tokens = 0
         self._cut = self._aborted = False
         self._session: Any = None
+        self._room = 0
         self._task: asyncio.Task[Response] | None = None
 
     async def answer(self) -> Response:
@@ -66,14 +67,14 @@ class Conversation:
             raise RowTimeout("aborted")
         model = self._model
         count = sum(part.image is not None for message in self._asked for part in message.parts)
-        taken = await model.room.take_pictures(count)
+        self._room = await model.room.take_pictures(count)
         self._session = model.sessions.get()
         try:
             text = await self._ask()
         finally:
             model.sessions.remove(self._session)
             self._session = None
-            model.room.give(taken)
+            model.room.give(self._room)
         self._texts.append(text)
 
     async def _ask(self) -> str:
@@ -83,13 +84,15 @@ class Conversation:
         model, words, sampling = self._model, self._model.words, self._request.sampling
         stops = Stops(text for text in sampling.stop if text not in words.special)
         text, reason, cut, tokens = "", None, None, 0
+        ids: list[int] = []
+        withheld = False
         try:
             wanted = GenerationConfig(**settings(sampling, model.stop_ids, words))
             async with model.preparing:
                 messages = await self._messages()
                 prepared = await model.engine.preprocess(messages, self._session, gen_config=wanted)
                 del messages  # its pictures are pixels now
-            model.room.saw(prepared)
+            self._room = model.room.settle(self._room, prepared)
             left = model.engine.session_len - prepared.input_token_len
             prepared.gen_config.max_new_tokens = min(prepared.gen_config.max_new_tokens, left)
             self._input_tokens += prepared.input_token_len
@@ -99,6 +102,9 @@ class Conversation:
                     if cut is not None:
                         continue
                     text, tokens, reason = text + out.response, out.generate_token_len, out.finish_reason or reason
+                    if out.token_ids:
+                        ids += out.token_ids
+                        withheld = not out.response
                     cut = stops.cut(text) if stops else None
                     if cut is not None:
                         await self._session.async_abort()
@@ -111,18 +117,35 @@ class Conversation:
             self._output_tokens += tokens
         if self._aborted:
             raise RowTimeout("aborted")
+        if withheld and cut is None:
+            text = self._whole(ids, text)
+            cut = stops.cut(text) if stops else None
         if cut is None and reason not in ("stop", "length"):
             raise ended(reason)
         self._cut |= cut is None and reason == "length"
         return text if cut is None else cut
 
+    def _whole(self, ids: list[int], text: str) -> str:
+        """The answer where LMDeploy has withheld its end, or all of it: it gives no text of an output whose last
+        character is cut in two, and TurboMind's whole answer is one output.
+        """
+        whole: str = self._model.engine.tokenizer.decode(ids, skip_special_tokens=True).rstrip(
+            "\N{REPLACEMENT CHARACTER}"
+        )
+        return whole if len(whole) > len(text) else text
+
     async def _messages(self) -> list[dict[str, Any]]:
         """LMDeploy's messages. Copying a large picture takes long enough to be no work for the loop."""
         copying = asyncio.ensure_future(asyncio.to_thread(self._model.chat.messages, self._asked, self._picture))
-        try:
-            return await asyncio.shield(copying)
-        finally:
-            await asyncio.wait([copying])  # an aborted row's pictures are not read once its end is told
+        cancelled = False
+        while not copying.done():  # an aborted row's pictures are not read once its end is told
+            try:
+                await asyncio.wait([copying])
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+        return copying.result()
 
     def _picture(self, number: int) -> Any:
         return pictures.read(self._request, number, self._arena)

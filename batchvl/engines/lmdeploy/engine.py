@@ -93,10 +93,11 @@ class LmdeployEngine:
         finally:
             self._open.discard(answers)
             for row in left:  # nobody listens any more
-                self._on_pipeline(self._abort(row))
+                await self.abort(row)
 
     async def abort(self, row: int) -> None:
-        self._on_pipeline(self._abort(row))
+        if self._model is not None:
+            self._model.loop.call_soon_threadsafe(self._abort, row)
 
     async def close(self) -> None:
         if self._watching is not None:
@@ -126,27 +127,25 @@ class LmdeployEngine:
         assert self._model is not None
         for request in requests:
             row = self._rows[request.row] = Conversation(request, self._model, self._arena)
-            task = asyncio.get_running_loop().create_task(self._answer(request.row, row, emit))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(self._answer(request.row, row, emit))
 
     async def _answer(self, number: int, row: Conversation, emit: Callable[[Response | BaseException], None]) -> None:
         try:
             emit(await row.answer())
-        except Exception as error:  # of the engine, not of the row: that is a response
-            emit(error)
+        except BaseException as error:  # of the engine, not of the row: that is a response
+            emit(error if isinstance(error, Exception) else EngineLost(f"LMDeploy's loop ended: {error!r}"))
         finally:
             del self._rows[number]
 
-    async def _abort(self, row: int) -> None:
+    def _abort(self, row: int) -> None:
+        """On the pipeline's loop: the row that has this number now, and none that is handed in later."""
         if (conversation := self._rows.get(row)) is not None:
-            await conversation.abort()
+            self._keep(conversation.abort())
 
-    def _on_pipeline(self, work: Coroutine[Any, Any, None]) -> None:
-        if self._model is None:
-            work.close()
-        else:
-            asyncio.run_coroutine_threadsafe(work, self._model.loop)
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _watch(self, model: Loaded) -> None:
         """Looks every second whether LMDeploy's engine lives and gets on, and ends all open lists if not."""
@@ -188,8 +187,8 @@ def _narrow(device: str, tp: int) -> None:
             f"--device {device}: names one GPU, and --tp {tp} wants more; CUDA_VISIBLE_DEVICES names several"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else None
+    names = None if visible is None else [name for name in visible.split(",") if name.strip()]
     index = int(number[1])
     if names is not None and index >= len(names):
-        raise OptionError(f"--device {device}: CUDA_VISIBLE_DEVICES={visible} leaves {len(names)}, from cuda:0")
+        raise OptionError(f"--device {device}: CUDA_VISIBLE_DEVICES={visible} leaves {len(names)} GPUs, from cuda:0")
     os.environ["CUDA_VISIBLE_DEVICES"] = names[index] if names is not None else str(index)

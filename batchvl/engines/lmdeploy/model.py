@@ -78,6 +78,9 @@ class Resolved:
                 f"{spec.model}: LMDeploy serves {architecture} not as a model for pictures; --engine transformers may"
             )
         self._config = engine_config(spec, self._backend)
+        own = getattr(text_config(self._hf_config), "max_position_embeddings", None)
+        if own and (self._config.session_len or 0) > own:
+            self._note(f"--session-len {self._config.session_len}: the model was made for {own} tokens")
         self._template = Template(path, spec.lmdeploy["chat_template"], trust)
         self._note(self._template.note)
         self._chat = Chat(architecture, picture_settings(architecture, spec.max_tiles))
@@ -123,8 +126,9 @@ class Resolved:
         return Loaded(pipe, self._info(pipe), self._chat, self._words)
 
     def _info(self, pipe: Any) -> EngineInfo:
-        engine, size = pipe.async_engine, self._spec.batch_size or LIST
+        engine = pipe.async_engine
         rows = engine.backend_config.max_batch_size
+        size = min(self._spec.batch_size or LIST, 2 * rows)  # more would only wait, on the clock of --row-timeout
         encoder = getattr(engine, "vl_encoder", None)
         return EngineInfo(
             engine="lmdeploy",

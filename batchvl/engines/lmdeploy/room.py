@@ -25,13 +25,18 @@ class Room(Budget):
         await self.take(amount)
         return amount
 
-    def saw(self, prepared: Any) -> None:
-        """Learns from a prepared request how much its pictures' tiles take."""
-        found = prepared.inputs.get("multimodal") or []
-        largest = max((_bytes(item) for item in found), default=0)
-        if largest:
+    def settle(self, taken: int, prepared: Any) -> int:
+        """Gives back what a prepared request's tiles do not need of `taken`; how many bytes are still out.
+
+        What the largest picture takes is what the next rows' are taken for.
+        """
+        sizes = [_bytes(item) for item in prepared.inputs.get("multimodal") or []]
+        if largest := max(sizes, default=0):
             self._largest = max(largest, self._largest) if self._seen else largest
             self._seen = True
+        needed = min(sum(sizes), taken)
+        self.give(taken - needed)
+        return needed
 
 
 def _bytes(item: Any) -> int:

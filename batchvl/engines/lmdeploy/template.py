@@ -39,11 +39,11 @@ class Template:
 
         self.note: str | None = None
         self.config: Any = None
-        if name is not None and name not in RETIRED:
-            if name in MODELS.module_dict and name != "base":
-                self.config = ChatTemplateConfig(name, model_path=path)
-            else:
-                self.config = ChatTemplateConfig.from_json(_json(name, list(MODELS.module_dict)))
+        known = sorted(set(MODELS.module_dict) - {"base"})
+        if name in known:
+            self.config = ChatTemplateConfig(name, model_path=path)
+        elif name is not None and name not in RETIRED:
+            self.config = ChatTemplateConfig.from_json(_json(name, known))
         found = get_chat_template(path, self.config, trust_remote_code=trust_remote_code)
         if name in RETIRED:
             self.note = f"--chat-template {name}: LMDeploy dropped this name; the model's own template is used instead"
@@ -60,14 +60,17 @@ class Template:
 
 
 def _json(name: str, known: list[str]) -> str:
-    """The file's text, once it is one. Raises OptionError."""
+    """The text of a file with a ChatTemplateConfig, once it is one that LMDeploy takes as it is meant.
+
+    Of a `model_name` that it does not know LMDeploy would make a template without any roles. Raises OptionError.
+    """
     from lmdeploy.model import ChatTemplateConfig
 
-    file = Path(name)
+    where, file = f"--chat-template {name}", Path(name)
     if not file.is_file():
-        close = difflib.get_close_matches(name, known, 3) or sorted(set(known) - {"base", "hf"})
+        close = difflib.get_close_matches(name, known, 3) or known
         raise OptionError(
-            f"--chat-template {name}: LMDeploy knows no such template, and there is no such file; "
+            f"{where}: LMDeploy knows no such template, and there is no such file; "
             f"want one of {', '.join(close)}, or a JSON file with the fields of its ChatTemplateConfig"
         )
     try:
@@ -76,13 +79,19 @@ def _json(name: str, known: list[str]) -> str:
         if not isinstance(found, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
-        raise OptionError(f"--chat-template {name}: cannot be read as JSON: {error}") from None
+        raise OptionError(f"{where}: cannot be read as JSON: {error}") from None
     kinds = {field.name: list if field.name == "stop_words" else str for field in fields(ChatTemplateConfig)}
     for field, value in found.items():
         if field not in kinds:
-            raise OptionError(f"--chat-template {name}: has a field {field!r}; want {', '.join(kinds)}")
+            raise OptionError(f"{where}: has a field {field!r}; want {', '.join(kinds)}")
         if value is not None and not isinstance(value, kinds[field]):
-            raise OptionError(f"--chat-template {name}: {field} is no {'list' if kinds[field] is list else 'string'}")
+            raise OptionError(f"{where}: {field} is no {'list' if kinds[field] is list else 'string'}")
+    base = found.get("model_name")
+    if base in RETIRED:
+        raise OptionError(f"{where}: LMDeploy dropped the template {base!r}; the model's own needs no --chat-template")
+    if base not in known and not (found.get("user") and found.get("assistant")):
+        named = f"model_name {base!r} is no template that LMDeploy knows" if base else "names no model_name"
+        raise OptionError(f"{where}: {named}, and without one `user` and `assistant` must say how a turn begins")
     return text
 
 
