@@ -10,7 +10,8 @@ from ...errors import ContextLengthExceeded, RowError, RowTimeout
 from ...images.arena import ArenaView
 from ...request import Failure, Message, Part, Request, Response
 from . import pictures
-from .failures import ended, failure
+from .answer import Answer
+from .failures import failure
 from .sampling import Stops, settings
 
 if TYPE_CHECKING:
@@ -70,69 +71,52 @@ class Conversation:
         self._room = await model.room.take_pictures(count)
         self._session = model.sessions.get()
         try:
-            text = await self._ask()
+            answer = await self._ask()
         finally:
             model.sessions.remove(self._session)
             self._session = None
             model.room.give(self._room)
-        self._texts.append(text)
+        self._texts.append(answer.end())
+        self._cut |= answer.cut
 
-    async def _ask(self) -> str:
-        from lmdeploy import GenerationConfig
+    async def _ask(self) -> Answer:
         from lmdeploy.serve.core import RequestError
 
-        model, words, sampling = self._model, self._model.words, self._request.sampling
-        stops = Stops(text for text in sampling.stop if text not in words.special)
-        text, reason, cut, tokens = "", None, None, 0
-        ids: list[int] = []
-        withheld = False
+        model, stop = self._model, self._request.sampling.stop
+        answer = Answer(Stops(text for text in stop if text not in model.words.special), model.engine.tokenizer)
         try:
-            wanted = GenerationConfig(**settings(sampling, model.stop_ids, words))
-            async with model.preparing:
-                messages = await self._messages()
-                prepared = await model.engine.preprocess(messages, self._session, gen_config=wanted)
-                del messages  # its pictures are pixels now
-            self._room = model.room.settle(self._room, prepared)
-            left = model.engine.session_len - prepared.input_token_len
-            prepared.gen_config.max_new_tokens = min(prepared.gen_config.max_new_tokens, left)
-            self._input_tokens += prepared.input_token_len
-            async with aclosing(model.engine.generate(prepared, stream_response=bool(stops))) as outputs:
+            prepared = await self._prepared()
+            async with aclosing(model.engine.generate(prepared, stream_response=bool(stop))) as outputs:
                 async for out in outputs:
                     model.steps += 1
-                    if cut is not None:
-                        continue
-                    text, tokens, reason = text + out.response, out.generate_token_len, out.finish_reason or reason
-                    if out.token_ids:
-                        ids += out.token_ids
-                        withheld = not out.response
-                    cut = stops.cut(text) if stops else None
-                    if cut is not None:
+                    if answer.add(out):
                         await self._session.async_abort()
         except RequestError as error:
             found = failure(error.code.value, error.message, error.__cause__)
             if isinstance(found, ContextLengthExceeded):
-                found = ContextLengthExceeded(self._too_long(error.message))
+                said = f"{error.message} --session-len sets that, as far as the model and the GPU's memory go"
+                found = ContextLengthExceeded(said)
             raise found from error
         finally:
-            self._output_tokens += tokens
+            self._output_tokens += answer.tokens
         if self._aborted:
             raise RowTimeout("aborted")
-        if withheld and cut is None:
-            text = self._whole(ids, text)
-            cut = stops.cut(text) if stops else None
-        if cut is None and reason not in ("stop", "length"):
-            raise ended(reason)
-        self._cut |= cut is None and reason == "length"
-        return text if cut is None else cut
+        return answer
 
-    def _whole(self, ids: list[int], text: str) -> str:
-        """The answer where LMDeploy has withheld its end, or all of it: it gives no text of an output whose last
-        character is cut in two, and TurboMind's whole answer is one output.
-        """
-        whole: str = self._model.engine.tokenizer.decode(ids, skip_special_tokens=True).rstrip(
-            "\N{REPLACEMENT CHARACTER}"
-        )
-        return whole if len(whole) > len(text) else text
+    async def _prepared(self) -> Any:
+        """LMDeploy's request: prompt, tiles and settings. Raises its RequestError."""
+        from lmdeploy import GenerationConfig
+
+        model = self._model
+        wanted = GenerationConfig(**settings(self._request.sampling, model.stop_ids, model.words))
+        async with model.preparing:
+            messages = await self._messages()
+            prepared = await model.engine.preprocess(messages, self._session, gen_config=wanted)
+        self._room = model.room.settle(self._room, prepared)
+        self._input_tokens += prepared.input_token_len
+        left = model.engine.session_len - prepared.input_token_len
+        prepared.gen_config.max_new_tokens = min(prepared.gen_config.max_new_tokens, left)
+        return prepared
 
     async def _messages(self) -> list[dict[str, Any]]:
         """LMDeploy's messages. Copying a large picture takes long enough to be no work for the loop."""
@@ -149,9 +133,6 @@ class Conversation:
 
     def _picture(self, number: int) -> Any:
         return pictures.read(self._request, number, self._arena)
-
-    def _too_long(self, said: str) -> str:
-        return f"{said} --session-len sets that, as far as the model and the GPU's memory go"
 
     def _response(self, error: RowError | None = None) -> Response:
         return Response(
