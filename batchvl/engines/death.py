@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from ..errors import EngineLost, EngineUnavailable
 from ..resources import oom_kills
+from .rows import counted
 
+DEATHS_BEFORE_FIRST_ANSWER = 2
+DEATHS_WITHOUT_PROGRESS = 5
+REFUSED_SECONDS = 15.0
+"""Before another process is started after a first refusal: a neighbour may have taken the GPU's memory for a moment."""
 _LAST_WORDS = 2000
 _SEARCHED = 64 * 1024
 """Bytes of the log's end in which the reason may stand: the stacks of a hung process push it up."""
@@ -32,6 +39,80 @@ class EngineDied(Exception):
         super().__init__(text)
         self.how, self.advice = how, advice
         """In a few words: "was killed by SIGSEGV"; and what to do about it, "" where that is unknown."""
+
+
+class Refused(EngineDied):
+    """A process that took the place of one that had been up would not start: perhaps the next one will."""
+
+    def __init__(self, refusal: EngineUnavailable) -> None:
+        text = f"the engine refuses to start again: {refusal}"
+        super().__init__(text, text.partition("\n")[0].removeprefix("the engine "))
+
+
+class Unkillable(EngineDied):
+    """A process of the engine's lives on whatever it is sent. Nobody may wait for it, and nothing take its place."""
+
+    def __init__(self, pid: int, state: str, seconds: float) -> None:
+        super().__init__(
+            f"the engine process {pid} cannot be killed: it is in state {state or 'unknown'}, {seconds:g} s after "
+            "SIGKILL, which is the kernel's or a driver's doing: the node needs looking at",
+            "cannot be killed",
+        )
+
+
+class Deaths:
+    """The deaths of an engine's processes: counted and told, until one is the last."""
+
+    def __init__(self, say: Callable[[str], None], log: Path) -> None:
+        self._say, self._log = say, log
+        self._told: set[str] = set()
+        self.count = 0
+        self._in_vain = self._refusals = 0
+
+    def progress(self) -> None:
+        """An answer came, or what else makes another try worth it."""
+        self._in_vain = 0
+
+    def started(self) -> None:
+        """A process is up."""
+        self._refusals = 0
+
+    def add(self, died: EngineDied, answers: int, held: int | None) -> None:
+        """Counts a death. Raises EngineLost where it was the last.
+
+        answers: how many the run has. held: rows that died with it, None before it was up.
+        """
+        self.count += 1
+        self._in_vain += 1
+        refused = isinstance(died, Refused)
+        self._refusals += refused
+        told = f"the engine {died.how}"
+        if not refused:
+            told += " while it was starting" if held is None else f" with {counted(held)} in it"
+        lost = ""
+        if not answers and self.count >= DEATHS_BEFORE_FIRST_ANSWER and not refused:
+            lost = f"the engine died {self.count} times before its first answer"
+        elif self._in_vain >= DEATHS_WITHOUT_PROGRESS:
+            lost = f"the engine died {self._in_vain} times without an answer in between"
+        if lost:
+            self._say(told)
+            raise EngineLost(f"{lost}: {died}")
+        again = "tried" if refused else "started"
+        self._say(f"{told}; it is {again} again" + (f" in {self.pause:g} s" if self.pause else ""))
+        if not refused:
+            after = "; its rows are asked again after all others, in ever smaller groups" if held else ""
+            self._once("words", f"note: its last words are in {self._log}{after}")
+            self._once(died.advice, died.advice)
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait before the next process is started: longer after each refusal in a row."""
+        return REFUSED_SECONDS * 2 ** (self._refusals - 1) if self._refusals else 0.0
+
+    def _once(self, what: str, text: str) -> None:
+        if text and what not in self._told:
+            self._told.add(what)
+            self._say(text)
 
 
 class Witness:

@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from ..errors import EngineFailed, OptionError, RowTimeout
+from ..errors import EngineFailed, EngineUnavailable, ModelError, OptionError, RowTimeout
 from ..images.arena import ArenaView
 from ..images.preparation import PreparationSpec
 from ..request import Failure, Request, Response, Struct
@@ -53,6 +54,10 @@ class FakeOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """So many processes of its own, which hold on to all that the engine has open."""
     refuse: str = ""
     """The engine cannot start, for this reason."""
+    unavailable: str = ""
+    """A file: for as long as it is there the engine is unavailable, for the reason that it holds."""
+    hub: str = ""
+    """A file that stands for a hub: the newest revision, unless one is asked for, and the chat template's digest."""
     pictures: bool = True
     """Whether image workers decode pictures and hand over their thumbnails."""
     lists_open: int = 4
@@ -83,11 +88,13 @@ class FakeEngine:
     async def start(self) -> EngineInfo:
         if self._options.refuse:
             raise OptionError(self._options.refuse)
+        revision, template = self._found()
         for _ in range(self._options.forks):
             _fork_idle()
         await asyncio.sleep(self._options.start_delay)
         return EngineInfo(
             "fake", "1", self._spec.model, "nothing",
+            revision=revision, template_sha256=template,
             batch_size=self._spec.batch_size or 32, lists_open=self._options.lists_open,
         )  # fmt: skip
 
@@ -120,6 +127,18 @@ class FakeEngine:
 
     async def close(self) -> None:
         self._arena.close()
+
+    def _found(self) -> tuple[str | None, str | None]:
+        """The model's revision and its template's digest."""
+        if self._options.unavailable and (file := Path(self._options.unavailable)).exists():
+            raise EngineUnavailable(file.read_text())
+        if not self._options.hub:
+            return None, None
+        try:
+            newest, template = Path(self._options.hub).read_text().split()
+        except FileNotFoundError:
+            raise ModelError(f"{self._options.hub}: no such model") from None
+        return self._spec.revision or newest, template
 
     def _die(self, reason: str) -> None:
         print(f"dying {reason}, by order", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from .guardian import NAME
 
 _PROC = Path("/proc")
 _KILL_SECONDS = 5.0
+_ENDED = ("Z", "X")
 
 
 class _Process(NamedTuple):
@@ -26,8 +27,8 @@ class _Process(NamedTuple):
 
     @property
     def dead(self) -> bool:
-        """Whether it has ended, though nobody may have reaped it."""
-        return self.state in "ZX"
+        """Whether it has ended, though nobody may have reaped it. Its first thread may have ended alone."""
+        return self.state in _ENDED and not state_of(self.pid)
 
 
 def memory_of(leader: int) -> int:
@@ -35,17 +36,23 @@ def memory_of(leader: int) -> int:
     return sum(map(_anonymous, _family(leader)))
 
 
-def end_group(leader: int) -> None:
+def state_of(pid: int) -> str:
+    """The states, as ps names them, of a process's threads that have not ended: "D", "RS"; "" where there are none."""
+    return "".join(sorted({thread.state for thread in _listed(_PROC / str(pid) / "task")} - set(_ENDED)))
+
+
+def end_group(leader: int) -> int | None:
     """Kills the group of a process that has ended but is not reaped, and waits until nobody in it lives.
 
-    Once the leader is reaped its number may be another's.
+    Once the leader is reaped its number may be another's. Returns one that lives on all the same, after some seconds.
     """
     end = time.monotonic() + _KILL_SECONDS
     while True:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(leader, signal.SIGKILL)
-        if time.monotonic() > end or not any(p.group == leader and not p.dead for p in _processes()):
-            return
+        survivor = next((p.pid for p in _listed(_PROC) if p.group == leader and not p.dead), None)
+        if survivor is None or time.monotonic() > end:
+            return survivor
         time.sleep(0.005)
 
 
@@ -53,7 +60,7 @@ def _family(leader: int) -> Iterator[int]:
     """Numbers of the processes that live, the guardian's left out."""
     children: dict[int, list[_Process]] = defaultdict(list)
     found: list[_Process] = []
-    for process in _processes():
+    for process in _listed(_PROC):
         children[process.parent].append(process)
         if process.group == leader or process.pid == leader:
             found.append(process)
@@ -67,11 +74,15 @@ def _family(leader: int) -> Iterator[int]:
                 yield process.pid
 
 
-def _processes() -> Iterator[_Process]:
-    for pid in filter(str.isdecimal, os.listdir(_PROC)):
-        with suppress(OSError):  # gone meanwhile
+def _listed(folder: Path) -> Iterator[_Process]:
+    """The processes of /proc, or a process's threads of its "task"."""
+    pids: list[str] = []
+    with suppress(OSError):  # gone meanwhile
+        pids = os.listdir(folder)
+    for pid in filter(str.isdecimal, pids):
+        with suppress(OSError):
             # The name is in brackets, and may have brackets and spaces in it.
-            head, _, rest = (_PROC / pid / "stat").read_bytes().rpartition(b") ")
+            head, _, rest = (folder / pid / "stat").read_bytes().rpartition(b") ")
             name = head.partition(b" (")[2].decode("utf-8", "replace")
             state, parent, group = rest.split(None, 3)[:3]
             yield _Process(int(pid), name, state.decode(), int(parent), int(group))

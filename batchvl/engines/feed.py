@@ -44,7 +44,7 @@ class Feed:
         """The process is up: it gets rows from now on."""
         self._process, self._info = process, info
         self.alive()
-        self.idle_since = self.idle_since or self._progress
+        self.idle_since = self._progress
         self.pump()
 
     def drain(self, then: Callable[[], None]) -> None:
@@ -55,6 +55,7 @@ class Feed:
     def close(self) -> None:
         """The process is gone."""
         self._process = self._drained = None
+        self._idle_no_more(time.monotonic())  # what it takes to load the model again is no wait for rows
 
     def pump(self, lingered: bool = False) -> None:
         """Hands over lists while the engine has room; an incomplete one only after a moment's wait for more."""
@@ -63,7 +64,7 @@ class Feed:
         rows, size, most_open = self._rows, self._info.batch_size, self._info.lists_open
         if self._drained is not None:
             if not rows.held:
-                self.idle_since = None  # it is not rows that are missing
+                self._idle_no_more(time.monotonic())  # it is not rows that are missing
                 self._drained()
             return
         if self.singly and not self.answers:
@@ -104,15 +105,16 @@ class Feed:
             await asyncio.sleep(min(1.0, hang / 4, self._options.row_timeout / 4))
             now = time.monotonic()
             for number, row in self._rows.overdue(now):
-                if self._process is None:
+                if self._process is None or self._process.gone:
                     break
                 if row.timed_out:
                     self._process.kill("it did not let go of a row that it was told to abort")
                     break
                 row.timed_out, row.deadline = True, now + hang
                 self.abort(number)
-            if self._rows.held and now - self._progress > hang and self._process is not None:
-                self._progress, hung = now, self._process
+            hung = self._process
+            if self._rows.held and now - self._progress > hang and hung is not None and not hung.gone:
+                self._progress = now
                 hung.dump_stacks()
                 say(f"the engine hangs: no progress for {hang:g} s (--hang-timeout); where it stands is in {log}")
                 await asyncio.sleep(0.5)  # in which another may take its place
@@ -128,8 +130,11 @@ class Feed:
         if not requests:
             return
         if self.idle_since is not None:
-            if self.answers:
-                self.idle_seconds += now - self.idle_since
-            self.idle_since = None
+            self._idle_no_more(now)
             self._progress = now
         process.infer(requests)
+
+    def _idle_no_more(self, now: float) -> None:
+        if self.idle_since is not None and self.answers:
+            self.idle_seconds += now - self.idle_since
+        self.idle_since = None

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from ..resources import memory
 
+LEAST_STARTS = 10
+LEAST_UP_SECONDS = 300.0
+"""A process is not replaced for its memory before it was up so many times as long as it took to start, or so long."""
+_MOST = 0.9
+"""Share of the memory above which a process is replaced however new it is: the kernel would not ask."""
 _LEAST_GAIN = 1.25
 """A process may always hold so many times what it held when it had started: else a new one would be no better."""
 
 
 class MemoryLimit:
-    """The limit of `--engine-memory`, lifted where a process needs more from its start on. In bytes."""
+    """The limit of `--engine-memory`, in bytes, lifted where a new process would soon be where the old one was.
 
-    def __init__(self, asked: int | None) -> None:
+    `say` is told when that is so, once of each cause.
+    """
+
+    def __init__(self, asked: int | None, say: Callable[[str], None]) -> None:
         self._asked = asked if asked is not None else memory() * 3 // 4
         self.bytes = self._asked
-        self._told = False
+        self._say = say
+        self._told: set[str] = set()
+        self._settled = 0.0
 
-    def started(self, held: int) -> str | None:
-        """Takes what a process holds that has just started; a note for people where that lifts the limit, once."""
-        self.bytes = max(self._asked, int(_LEAST_GAIN * held))
-        if self.bytes == self._asked or self._told:
-            return None
-        self._told = True
-        return (
-            f"note: the engine holds {amount(held)} of memory from its start on: it is started afresh at "
-            f"{amount(self.bytes)}, not at {amount(self._asked)} (--engine-memory)"
-        )
+    def started(self, held: int, seconds: float) -> None:
+        """Takes what a process holds that has just started, and how long that took."""
+        self.bytes = self._asked
+        self._settled = time.monotonic() + max(LEAST_UP_SECONDS, LEAST_STARTS * seconds)
+        if self.bytes < _LEAST_GAIN * held:
+            self._lift(held, "from its start on")
+
+    def exceeded(self, held: int) -> bool:
+        """Whether a process that holds so much is to be replaced. Not where that comes too soon."""
+        if held <= self.bytes:
+            return False
+        if time.monotonic() >= self._settled or held > _MOST * memory():
+            return True
+        self._lift(held, "soon after its start")
+        return False
+
+    def _lift(self, held: int, when: str) -> None:
+        self.bytes = int(_LEAST_GAIN * held)
+        if when not in self._told:
+            self._told.add(when)
+            self._say(
+                f"note: the engine holds {amount(held)} of memory {when}: it is started afresh at "
+                f"{amount(self.bytes)}, not at {amount(self._asked)} (--engine-memory)"
+            )
 
 
 def amount(size: int) -> str:

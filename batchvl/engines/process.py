@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,21 +17,25 @@ from ..images.preparation import PreparationSpec
 from ..lifeline import Lifeline, spawn
 from ..request import Request, Response
 from ..wire import Channel
-from .death import EngineDied, Witness
-from .family import end_group, memory_of
+from .death import EngineDied, Unkillable, Witness
+from .family import end_group, memory_of, state_of
 from .messages import Abort, Alive, Answers, FromEngine, Infer, Note, Open, Refused, Resolved, Started
 from .protocol import EngineInfo, EngineSpec
 
-__all__ = ["EngineDied", "EngineProcess"]
+__all__ = ["EngineDied", "EngineProcess", "Unkillable"]
 
-_LEAVE_SECONDS = 10.0
-"""How long a process may live on that has let go of its socket."""
+LEAVE_SECONDS = 10.0
+"""How long a process may live on whose socket is closed, by whichever side, before it is killed."""
+UNKILLABLE_SECONDS = 60.0
+"""How long a killed process may live on, stuck in the kernel, before nobody waits for it any more."""
+_LOOK_SECONDS = 0.005
+"""How often an end that must come is looked for."""
 
 
 class EngineProcess:
     """One engine process and what it starts, which ends with it.
 
-    `resolved` and `started` are futures; `died` is set once it is reaped.
+    `resolved` and `started` are futures; `died` is set once it is reaped, or was given up as `Unkillable`.
 
     `answered` is called with each list of responses, `alive` at every sign of progress, `say` with what it has to tell.
     """
@@ -45,6 +50,12 @@ class EngineProcess:
         self._answered, self._alive, self._say = answered, alive, say
         self._ended_for: str | None = None
         self._how = ""
+        self._killed: float | None = None
+        self._reaping: asyncio.Task[None] | None = None
+        self._socket_ended = asyncio.Event()
+        self._resolved_at = time.monotonic()
+        self.start_seconds = 0.0
+        """What loading the model took, once it is up; its download before that is no cost of the next process."""
         self.gone = False
         """Whether nothing can be told to it any more."""
 
@@ -92,18 +103,18 @@ class EngineProcess:
 
     def kill(self, reason: str, how: str = "") -> None:
         """Ends the process and all that it started now; `died` follows, with this reason, and `how` in a few words."""
-        self._ended_for, self._how = reason, how
+        if self._killed is None:
+            self._killed, self._ended_for, self._how = time.monotonic(), reason, how
         self._signal(signal.SIGKILL)
+        self._await_end()
 
-    async def close(self, seconds: float = 5.0) -> None:
-        """Lets the process leave, kills it after `seconds`, and returns when it is gone."""
+    async def close(self) -> None:
+        """Has the process leave, sees to it that it does, and returns when it is gone."""
         self._channel.close()
         if not self.started.done():
             self.kill("it was not needed any more")  # while it loads a model it hears nothing
-        done, _ = await asyncio.wait([self.died], timeout=seconds)
-        if not done:
-            self.kill("it did not leave when told to")
-            await asyncio.shield(self.died)
+        self._await_end()  # the socket may stay open for what the process does not read
+        await asyncio.shield(self.died)
 
     def _received(self, message: FromEngine) -> None:
         match message:
@@ -114,9 +125,11 @@ class EngineProcess:
             case Note(text):
                 self._say(text)
             case Resolved(preparation):
+                self._resolved_at = time.monotonic()
                 if not self.resolved.done():
                     self.resolved.set_result(preparation)
             case Started(info):
+                self.start_seconds = time.monotonic() - self._resolved_at
                 if not self.started.done():
                     self.started.set_result(info)
             case Refused(name, text):
@@ -133,16 +146,33 @@ class EngineProcess:
                 os.killpg(self.pid, number)
 
     def _lost(self) -> None:
-        """The socket ended, and with it, or soon, the process: wait for it away from the event loop."""
+        """The socket ended, and with it, or soon, the process."""
+        self._socket_ended.set()
+        self._await_end()
+
+    def _await_end(self) -> None:
         self.gone = True
-        self._reaping = asyncio.get_running_loop().create_task(self._reap())
+        if self._reaping is None:
+            self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
-        late = asyncio.get_running_loop().call_later(_LEAVE_SECONDS, self.kill, "it closed its socket and lived on")
-        await asyncio.to_thread(self._await_end)
-        late.cancel()
-        code = self._process.wait()
-        died = self._witness.died(code, self._ended_for, self._how)
+        """Waits for the end, in no thread that a process could hold for ever, and tells of it."""
+        leave_by = time.monotonic() + LEAVE_SECONDS
+        while (alive := await self._survivor()) is not None:
+            now = time.monotonic()
+            if alive == self.pid and self._killed is None and now > leave_by:
+                self.kill(f"it lived on for {LEAVE_SECONDS:g} s when its socket was closed")
+            if now > (self._killed or leave_by) + UNKILLABLE_SECONDS:
+                died: EngineDied = Unkillable(alive, state_of(alive), UNKILLABLE_SECONDS)
+                self._say(str(died))
+                break
+            await asyncio.sleep(_LOOK_SECONDS)
+        else:
+            died = self._witness.died(self._process.wait(), self._ended_for, self._how)
+            with suppress(TimeoutError):  # somebody outside its group may hold its socket
+                async with asyncio.timeout(1):
+                    await self._socket_ended.wait()  # behind its last answers
+        self._channel.close()
         for future in (self.resolved, self.started):
             if not future.done():
                 future.set_exception(died)
@@ -150,7 +180,10 @@ class EngineProcess:
         if not self.died.done():
             self.died.set_result(died)
 
-    def _await_end(self) -> None:
-        with suppress(ChildProcessError):  # reaped by somebody else: the guardian sees to the group
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-            end_group(self.pid)
+    async def _survivor(self) -> int | None:
+        """The process, or else one of its group that lives; None once all have ended, the process not reaped yet."""
+        try:
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # noqa: ASYNC222 - no waiting
+        except ChildProcessError:  # reaped by somebody else: the guardian sees to the group
+            return None
+        return self.pid if ended is None else await asyncio.to_thread(end_group, self.pid)

@@ -10,6 +10,11 @@ from ..errors import RowTimeout
 from ..request import Failure, Request, Response
 
 
+def counted(rows: int) -> str:
+    """So many rows, for people."""
+    return "1 row" if rows == 1 else f"{rows} rows"
+
+
 class Held:
     """A row in the engine: who waits for it, the list it went in, and its deadline on the monotonic clock."""
 

@@ -2,8 +2,9 @@
 
 Deaths by the contract: the rows that the dead process held come back as `EngineDied`, for the runner to try again
 after all others, in halves. A death before the first answer ever is taken for a configuration error and is final the
-second time; later, five deaths without progress in between are. A process whose memory grows too large is no death:
-it is handed no more rows, and is replaced once it has answered those that it holds.
+second time; later, five deaths without progress in between are, and a successor that finds no room to start counts as
+one, with a pause. A process whose memory grows too large is no death: it is handed no more rows, and is replaced once
+it has answered those that it holds. All processes are of the model that the first one found.
 """
 
 from __future__ import annotations
@@ -11,27 +12,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import BatchvlError, EngineLost
+import msgspec
+
+from ..errors import BatchvlError, EngineLost, EngineUnavailable
 from ..images.arena import Arena
 from ..images.preparation import PreparationSpec
 from ..lifeline import Lifeline
 from ..options import EngineOptions
 from ..request import Request, Response
+from .death import Deaths, EngineDied, Refused, Unkillable
 from .feed import Feed
 from .growth import MemoryLimit, amount
-from .process import EngineDied, EngineProcess
+from .process import EngineProcess
 from .protocol import EngineInfo, EngineSpec
-from .rows import Rows
+from .rows import Rows, counted
 
-DEATHS_BEFORE_FIRST_ANSWER = 2
-DEATHS_WITHOUT_PROGRESS = 5
 MEMORY_SECONDS = 3.0
 """How often the memory of the engine's processes is looked at."""
-CLOSE_SECONDS = 30.0
-"""For a process to leave that is replaced."""
 
 
 class SupervisedEngine:
@@ -57,18 +58,18 @@ class SupervisedEngine:
         self._lifeline, self._environment, self._log, self._say = lifeline, environment, log, say
         self._rows = Rows(options.row_timeout)
         self._feed = Feed(self._rows, options)
-        self._limit = MemoryLimit(options.engine_memory)
+        self._limit = MemoryLimit(options.engine_memory, say)
         self._process: EngineProcess | None = None
         self.info: EngineInfo | None = None
-        self.deaths = 0
+        self._deaths = Deaths(say, log)
         self.restarts = 0
         """How often a process was replaced because its memory had grown."""
-        self._answers_before = self._deaths_in_vain = 0
+        self._answers_before = 0
         self._lost: BatchvlError | None = None
-        self._killed = False
+        self._killed_for = ""
+        self._killed = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
         self._down_since: float | None = None
-        self._advised: set[str] = set()
         self._up = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -132,6 +133,11 @@ class SupervisedEngine:
             raise
 
     @property
+    def deaths(self) -> int:
+        """How often a process died, or would not start after another had."""
+        return self._deaths.count
+
+    @property
     def held(self) -> int:
         """How many rows are in the engine."""
         return len(self._rows.held)
@@ -158,7 +164,8 @@ class SupervisedEngine:
 
     def kill(self, reason: str) -> None:
         """Ends the process now and for good: its rows come back as EngineDied."""
-        self._killed = True
+        self._killed_for = reason
+        self._killed.set()
         if self._process is not None:
             self._process.kill(reason)
 
@@ -168,40 +175,50 @@ class SupervisedEngine:
 
     def halved(self) -> None:
         """The runner has split the rows of a death in two: that is progress."""
-        self._deaths_in_vain = 0
+        self._deaths.progress()
 
     async def _launch(self) -> EngineProcess:
         process = EngineProcess(self._answered, self._feed.alive, self._say)
         await process.open(self._spec, self._arena, self._lifeline, self._environment, self._log)
         self._process = process
+        if self._killed.is_set():
+            process.kill(self._killed_for)
         return process
 
     async def _live(self, process: EngineProcess) -> None:
         """Sees process after process through to its end, until one ends it all."""
         try:
             while True:
+                refused: Refused | None = None
                 try:
                     await self._start(process)
                 except TimeoutError:
                     process.kill(f"it was not up after {self._options.start_timeout:g} s (--start-timeout)")
                 except EngineDied:
                     pass
+                except EngineUnavailable as error:
+                    if self.info is None:
+                        raise
+                    refused = Refused(error)
                 died = await asyncio.shield(process.died)
                 was_up, self._down_since = self._up.is_set(), self._down_since or time.monotonic()
                 self._up.clear()
                 self._feed.close()
                 died.answered, self._answers_before = self._feed.answers - self._answers_before, self._feed.answers
-                if self._killed:
+                if not self._killed.is_set():
+                    if isinstance(died, Unkillable):
+                        raise EngineLost(str(died))
+                    if self._closing is None:
+                        await self._bury(refused or died, was_up)
+                    else:
+                        await self._closing
+                        self._closing = None
+                        self.restarts += 1
+                if self._killed.is_set():  # perhaps while the next one waited
                     self._lost = EngineLost(str(died))  # for who comes now: nobody will answer
                     self._rows.release(died)
                     self._ended.set()
                     return
-                if self._closing is None:
-                    self._bury(died, was_up)
-                else:
-                    await self._closing
-                    self._closing = None
-                    self.restarts += 1
                 process = await self._launch()
         except (BatchvlError, OSError) as error:
             lost: BatchvlError
@@ -218,42 +235,41 @@ class SupervisedEngine:
     async def _start(self, process: EngineProcess) -> None:
         """Waits until the process is up. Raises TimeoutError, EngineDied, or a UsageError where it refuses."""
         async with asyncio.timeout(self._options.start_timeout):
-            self.info = await asyncio.shield(process.started)
-        note = self._limit.started(await process.memory())
-        if note is not None:
-            self._say(note)
+            info = await asyncio.shield(process.started)
+        self._pin(info)
+        self.info = info
+        self._deaths.started()
+        self._limit.started(await process.memory(), process.start_seconds)
         if self._down_since is not None:
             self._say(f"the engine is up again, after {time.monotonic() - self._down_since:.1f} s")
             self._down_since = None
         self._up.set()
-        self._feed.open(process, self.info)
+        self._feed.open(process, info)
 
-    def _bury(self, died: EngineDied, was_up: bool) -> None:
-        """Counts a death and gives its rows back. Raises EngineLost where that was the last."""
-        self.deaths += 1
-        self._deaths_in_vain += 1
-        self._feed.singly = True
-        told = f"the engine {died.how} {f'with {_rows(self.held)} in it' if was_up else 'while it was starting'}"
-        if not self._feed.answers and self.deaths >= DEATHS_BEFORE_FIRST_ANSWER:
-            lost = EngineLost(f"the engine died {self.deaths} times before its first answer: {died}")
-        elif self._deaths_in_vain >= DEATHS_WITHOUT_PROGRESS:
-            lost = EngineLost(f"the engine died {self._deaths_in_vain} times without an answer in between: {died}")
-        else:
-            self._say(f"{told}; it is started again")
-            if self.deaths == 1:
-                after = "; its rows are asked again after all others, in ever smaller groups" if self.held else ""
-                self._say(f"note: its last words are in {self._log}{after}")
-            if died.advice and died.advice not in self._advised:
-                self._advised.add(died.advice)
-                self._say(died.advice)
-            self._rows.give_back(died)
+    def _pin(self, info: EngineInfo) -> None:
+        """Has all processes be of the model that the first one found. Raises EngineLost for one that is not."""
+        if self.info is None:
+            self._spec = msgspec.structs.replace(self._spec, revision=info.revision or self._spec.revision)
             return
-        self._say(told)
-        self._rows.release(lost)  # not as a death, for which a row could be blamed
-        raise lost
+        for what in ("revision", "template_sha256"):
+            then, now = getattr(self.info, what), getattr(info, what)
+            if now != then:
+                raise EngineLost(
+                    f"the model has changed since the run began: the engine was started again with {what} {now}, not "
+                    f"{then}: rows would be answered by another model"
+                )
+
+    async def _bury(self, died: EngineDied, was_up: bool) -> None:
+        """Gives a death's rows back, and waits until another process may be tried. Raises EngineLost at the last."""
+        self._feed.singly = True
+        self._deaths.add(died, self._feed.answers, self.held if was_up else None)
+        self._rows.give_back(died)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._deaths.pause):
+                await self._killed.wait()
 
     def _answered(self, responses: list[Response]) -> None:
-        self._deaths_in_vain = 0
+        self._deaths.progress()
         self._feed.answered(responses)
 
     async def _watch_memory(self) -> None:
@@ -261,11 +277,11 @@ class SupervisedEngine:
         while True:
             await asyncio.sleep(MEMORY_SECONDS)
             process = self._process
-            if process is None or process.gone:
+            if process is None:
                 continue
             found = await process.memory()
-            if found > self._limit.bytes and self._feed.is_open and not process.gone:
-                then = f", once it has answered the {_rows(self.held)} that it has" if self.held else ""
+            if self._feed.is_open and not process.gone and self._limit.exceeded(found):
+                then = f", once it has answered the {counted(self.held)} that it has" if self.held else ""
                 self._say(
                     f"the engine holds {amount(found)} of memory, more than {amount(self._limit.bytes)} "
                     f"(--engine-memory): it is started afresh{then}"
@@ -274,8 +290,4 @@ class SupervisedEngine:
 
     def _close(self) -> None:
         if self._closing is None and self._process is not None:
-            self._closing = asyncio.get_running_loop().create_task(self._process.close(CLOSE_SECONDS))
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
+            self._closing = asyncio.get_running_loop().create_task(self._process.close())

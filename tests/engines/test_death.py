@@ -3,7 +3,8 @@
 import pytest
 
 from batchvl.engines import death
-from batchvl.engines.death import EngineDied, Witness
+from batchvl.engines.death import Deaths, EngineDied, Refused, Witness
+from batchvl.errors import EngineLost, EngineUnavailable
 from batchvl.resources import oom_kills
 
 GPU = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -65,3 +66,18 @@ def test_the_kernels_count(tmp_path):
     (tmp_path / "memory.events").write_text("low 0\nhigh 0\nmax 9\noom 3\noom_kill 7\noom_group_kill 0\n")
     assert oom_kills(tmp_path) == 7
     assert oom_kills() >= 0
+
+
+def test_a_refusal_before_the_first_answer_is_no_configuration_error(tmp_path):
+    said, refused = [], Refused(EngineUnavailable("no memory\nadvice"))
+    deaths = Deaths(said.append, tmp_path / "log")
+    deaths.add(EngineDied("it died", "died"), 0, 0)
+    for pause in (15, 30, 60):
+        deaths.add(refused, 0, None)
+        assert deaths.pause == pause
+        assert said[-1] == f"the engine refuses to start again: no memory; it is tried again in {pause} s"
+    with pytest.raises(EngineLost, match=r"5 times .* no memory\nadvice"):
+        deaths.add(refused, 0, None)
+    assert said[:2] == [
+        "the engine died with 0 rows in it; it is started again", f"note: its last words are in {tmp_path}/log"
+    ]  # fmt: skip

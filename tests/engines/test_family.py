@@ -60,7 +60,7 @@ async def test_forks_end_with_an_engine_that_holds_pythons_lock(tmp_path):
 
 
 async def test_the_end_of_a_run_ends_an_engine_that_holds_pythons_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr("batchvl.engines.process.EngineProcess.close.__defaults__", (0.2,))
+    monkeypatch.setattr("batchvl.engines.process.LEAVE_SECONDS", 0.2)
     async with supervised(tmp_path / "log", forks=1, stuck_on=[3]) as engine:
         processes = await up(engine, 1)
         task = asyncio.create_task(engine.answer(request(3)))
@@ -146,3 +146,30 @@ def test_memory_is_what_the_processes_have_for_themselves():
         child.stdout.readline()
         assert family.memory_of(os.getpid()) - before > 60 * MIB, "of descendants as well"
         child.communicate(b"\n")
+
+
+@pytest.fixture
+def half_ended():
+    """A process whose first thread has ended while another sleeps: a zombie to look at, and alive."""
+    code = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(60,)).start()"
+    code += "; ctypes.PyDLL(None).pthread_exit(None)"
+    with subprocess.Popen([sys.executable, "-c", code], process_group=0) as process:
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+        yield process
+        process.kill()
+
+
+def test_a_process_with_a_thread_left_has_not_ended(half_ended):
+    assert family.state_of(half_ended.pid) == "S"
+    assert list(family._family(half_ended.pid)) == [half_ended.pid]
+    half_ended.kill()
+    wait_until(lambda: not family.state_of(half_ended.pid))
+    assert not list(family._family(half_ended.pid))
+
+
+def test_who_survives_in_a_group_is_named(half_ended, monkeypatch):
+    monkeypatch.setattr(family, "_KILL_SECONDS", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", lambda group, number: None)
+        assert family.end_group(half_ended.pid) == half_ended.pid
+    assert family.end_group(half_ended.pid) is None

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from batchvl.engines import growth
 from batchvl.engines.growth import MemoryLimit, amount
 from batchvl.engines.process import EngineDied, EngineProcess
 from batchvl.resources import memory
@@ -15,8 +16,13 @@ MIB = 2**20
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The rows that engines were asked, with the process that was."""
+def watched(monkeypatch):
+    monkeypatch.setattr("batchvl.engines.supervisor.MEMORY_SECONDS", 0.02)
+
+
+@pytest.fixture
+def asked(monkeypatch, watched):
+    """The rows that engines were asked, with the process that was; no restart comes too soon."""
     found = []
     infer = EngineProcess.infer
 
@@ -25,7 +31,8 @@ def asked(monkeypatch):
         infer(process, requests)
 
     monkeypatch.setattr(EngineProcess, "infer", listen)
-    monkeypatch.setattr("batchvl.engines.supervisor.MEMORY_SECONDS", 0.02)
+    monkeypatch.setattr(growth, "LEAST_STARTS", 0)
+    monkeypatch.setattr(growth, "LEAST_UP_SECONDS", 0)
     return found
 
 
@@ -115,12 +122,63 @@ def test_a_run_counts_restarts(asked, tmp_path):
     assert not children()
 
 
-def test_the_limit():
-    limit = MemoryLimit(100 * MIB)
-    assert limit.started(50 * MIB) is None
-    assert limit.bytes == 100 * MIB
-    assert "afresh at 200 MiB, not at 100 MiB" in limit.started(160 * MIB)
-    assert limit.started(120 * MIB) is None, "told once"
+async def test_memory_that_grows_soon_after_the_start_lifts_the_limit(watched, tmp_path):
+    said = []
+    async with supervised(tmp_path / "log", said, grow=80 * MIB, engine_memory=60 * MIB) as engine:
+        for row in range(4):
+            await engine.answer(request(row))
+            await asyncio.sleep(0.2)
+        assert (engine.restarts, engine.deaths) == (0, 0)
+    [note] = said
+    assert re.fullmatch(r"note: .* \d+ MiB of memory soon after its start: .* at \d+ MiB, not at 60 MiB .*", note)
+
+
+@pytest.fixture
+def now(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("batchvl.engines.growth.time.monotonic", lambda: clock[0])
+    return clock
+
+
+def test_the_limit_is_lifted_at_the_start():
+    said = []
+    limit = MemoryLimit(100 * MIB, said.append)
+    limit.started(50 * MIB, 1)
+    assert (limit.bytes, said) == (100 * MIB, [])
+    limit.started(160 * MIB, 1)
+    assert limit.bytes == 200 * MIB
+    limit.started(120 * MIB, 1)
     assert limit.bytes == 150 * MIB
-    assert MemoryLimit(None).bytes == memory() * 3 // 4
+    [note] = said
+    assert "160 MiB of memory from its start on: it is started afresh at 200 MiB, not at 100 MiB" in note
+    assert MemoryLimit(None, said.append).bytes == memory() * 3 // 4
     assert amount(3 * 2**29) == "1.5 GiB"
+
+
+@pytest.mark.parametrize(("seconds", "settled"), [(2, 300), (60, 600)])
+def test_a_restart_is_worth_its_time(seconds, settled, now):
+    said = []
+    limit = MemoryLimit(100 * MIB, said.append)
+    limit.started(50 * MIB, seconds)
+    now[0] += settled - 1
+    assert not limit.exceeded(100 * MIB)
+    assert not said
+    assert not limit.exceeded(120 * MIB)
+    assert limit.bytes == 150 * MIB
+    assert not limit.exceeded(160 * MIB)
+    assert limit.bytes == 200 * MIB
+    assert len(said) == 1
+    now[0] += 1
+    assert not limit.exceeded(200 * MIB)
+    assert limit.exceeded(201 * MIB)
+    limit.started(50 * MIB, seconds)
+    assert limit.bytes == 100 * MIB, "the next process has its own"
+
+
+def test_a_new_process_is_replaced_all_the_same_before_the_kernel_ends_it(monkeypatch):
+    monkeypatch.setattr("batchvl.engines.growth.memory", lambda: 1000)
+    limit = MemoryLimit(100, lambda line: None)
+    limit.started(50, 1.0)
+    assert not limit.exceeded(890)
+    limit.started(50, 1.0)
+    assert limit.exceeded(901)

@@ -4,13 +4,17 @@ import asyncio
 import os
 import re
 import signal
+import time
 from functools import partial
 
+import msgspec
 import pytest
 
-from batchvl.engines.process import EngineDied
-from batchvl.errors import EngineLost, OptionError
+from batchvl.engines import death, process
+from batchvl.engines.process import EngineDied, Unkillable
+from batchvl.errors import EngineLost, EngineUnavailable, OptionError
 from tests.engines.supervised import request, supervised
+from tests.run.running import children, wait_until
 
 
 @pytest.fixture
@@ -187,3 +191,210 @@ async def test_after_a_kill_nobody_waits(engine):
             await task
         with pytest.raises(EngineLost):
             await e.answer(request(2))
+
+
+async def die(engine):
+    """Has the process die, and waits until that is known."""
+    deaths = engine.deaths
+    os.kill(engine._process.pid, signal.SIGKILL)
+    while engine.deaths == deaths:
+        await asyncio.sleep(0.01)
+
+
+async def test_a_process_that_loads_again_is_not_idle(engine):
+    async with engine(start_delay=1.5) as e:
+        await e.started()
+        assert e.idle_since is not None
+        await asyncio.sleep(0.1)
+        await e.answer(request(1))
+        assert e.idle_seconds == 0, "before the first list it is the intake that is slow"
+        since = time.monotonic()
+        await asyncio.sleep(0.3)
+        await die(e)
+        idle, down = e.idle_seconds, e.idle_since
+        assert 0.3 <= idle <= time.monotonic() - since
+        assert down is None, "rows that wait for a retry are not what it waits for"
+        await e.answer(request(2))
+        assert e.idle_seconds - idle < 0.7
+
+
+@pytest.fixture
+def hub(tmp_path):
+    path = tmp_path / "hub"
+    path.write_text("first words")
+    return path
+
+
+async def test_a_process_started_again_is_of_the_same_revision(engine, hub):
+    async with engine(hub=str(hub)) as e:
+        await e.answer(request(1))
+        hub.write_text("second words")
+        await die(e)
+        await e.answer(request(2))
+        assert e.info.revision == "first"
+
+
+@pytest.mark.parametrize("now", ["second words", "first sentences"])
+async def test_another_model_answers_no_rows(now, engine, hub):
+    async with engine(hub=str(hub)) as e:
+        await e.answer(request(1))
+        e._spec = msgspec.structs.replace(e._spec, revision=None)  # as for an engine that does not heed it
+        hub.write_text(now)
+        await die(e)
+        with pytest.raises(EngineLost, match=r"the model has changed .* rows would be answered by another model"):
+            await e.answer(request(2))
+        assert e.info.revision == "first"
+
+
+async def test_a_model_that_is_gone_ends_it(engine, hub):
+    async with engine(hub=str(hub)) as e:
+        await e.answer(request(1))
+        hub.unlink()
+        await die(e)
+        with pytest.raises(EngineLost, match=r"could not be started again: .*no such model"):
+            await e.answer(request(2))
+        assert e.deaths == 1
+
+
+@pytest.fixture
+def full(tmp_path):
+    """While it is there, a neighbour has the GPU's memory."""
+    return tmp_path / "full"
+
+
+async def test_an_engine_that_is_unavailable_at_first_is_refused(engine, full):
+    full.write_text("no memory")
+    async with engine(unavailable=str(full)) as e:
+        with pytest.raises(EngineUnavailable, match="no memory"):
+            await e.started()
+        assert e.deaths == 0
+
+
+async def test_a_refusal_to_start_again_may_pass(engine, full, said, monkeypatch):
+    monkeypatch.setattr(death, "REFUSED_SECONDS", 0.1)
+    async with engine(unavailable=str(full)) as e:
+        for _ in range(2):
+            await e.answer(request(1))
+            full.write_text("no memory\nhere is how it came to that")
+            await die(e)
+            while e.deaths % 3:
+                await asyncio.sleep(0.01)
+            full.unlink()
+        assert (await e.answer(request(2))).texts == ("row 2",)
+        assert e.deaths == 6
+    refusals = [line for line in said if "refuses" in line]
+    assert refusals == 2 * [
+        "the engine refuses to start again: no memory; it is tried again in 0.1 s",
+        "the engine refuses to start again: no memory; it is tried again in 0.2 s",
+    ]
+
+
+async def test_refusals_to_start_again_are_final_as_deaths_are(engine, full, monkeypatch):
+    monkeypatch.setattr(death, "REFUSED_SECONDS", 0.01)
+    async with engine(unavailable=str(full)) as e:
+        await e.answer(request(1))
+        full.write_text("no memory")
+        await die(e)
+        with pytest.raises(EngineLost, match=r"died 5 times without an answer in between: .* again: no memory"):
+            await e.answer(request(2))
+        assert e.deaths == 5
+
+
+async def test_a_kill_ends_the_pause_after_a_refusal(engine, full):
+    async with engine(unavailable=str(full)) as e:
+        await e.answer(request(1))
+        full.write_text("no memory")
+        await die(e)
+        while e.deaths < 2:
+            await asyncio.sleep(0.01)
+        row = asyncio.create_task(e.answer(request(2)))
+        await asyncio.sleep(0.1)
+        assert not row.done()
+        e.kill("the run is stopping")
+        with pytest.raises(EngineDied):
+            await asyncio.wait_for(row, 2)
+        assert not children()
+
+
+@pytest.fixture
+def unkillable(monkeypatch):
+    """Signals do nothing; at a test's end the guardian ends the process."""
+    started = []
+    spawn = process.spawn
+
+    def spy(*arguments):
+        started.append(spawn(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(process, "spawn", spy)
+    monkeypatch.setattr(process.EngineProcess, "_signal", lambda process, number: None)
+    monkeypatch.setattr(process, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(process, "UNKILLABLE_SECONDS", 0.5)
+    yield
+    [each] = started
+    wait_until(lambda: each.poll() is not None)
+
+
+LIVES_ON = (
+    r"the engine process \d+ cannot be killed: it is in state S, 0\.5 s after SIGKILL, .* the node needs looking at"
+)
+
+
+async def test_a_hung_process_that_cannot_be_killed_ends_the_run(engine, unkillable, said, monkeypatch):
+    async with engine(stuck_on=[3], hang_timeout=0.2, batch_size=1, lists_open=1) as e:
+        await e.answer(request(1))
+        rows = [asyncio.create_task(e.answer(request(row))) for row in (3, 4)]
+        lost = await asyncio.wait_for(asyncio.gather(*rows, return_exceptions=True), 10)
+        assert [type(error) for error in lost] == [EngineLost, EngineLost], "no row is to blame"
+        assert re.match(LIVES_ON, str(lost[0]))
+        with pytest.raises(EngineLost, match="cannot be killed"):
+            await e.answer(request(5))
+        assert e._process._process.poll() is None
+        monkeypatch.setattr(process, "UNKILLABLE_SECONDS", 60)
+        since = time.monotonic()
+    assert time.monotonic() - since < 10, "nothing waits for it any more"
+    assert sum("hangs" in line for line in said) == 1
+    assert re.match(LIVES_ON, said[-1])
+
+
+async def test_a_process_that_cannot_be_killed_does_not_hold_up_the_end(engine, unkillable, said):
+    async with asyncio.timeout(10):
+        async with engine(stuck_on=[3]) as e:
+            await e.started()
+            row = asyncio.create_task(e.answer(request(3)))
+            await asyncio.sleep(0.1)
+    with pytest.raises(EngineDied):
+        await row
+    assert re.match(LIVES_ON, said[-1])
+
+
+async def test_a_kill_for_good_does_not_wait_for_ever(engine, unkillable):
+    async with engine(stuck_on=[3]) as e:
+        await e.started()
+        row = asyncio.create_task(e.answer(request(3)))
+        await asyncio.sleep(0.1)
+        e.kill("the run is stopping")
+        with pytest.raises(Unkillable):
+            await asyncio.wait_for(row, 10)
+
+
+async def test_a_process_of_its_group_that_cannot_be_killed_ends_the_run(engine, monkeypatch):
+    monkeypatch.setattr(process, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(process, "UNKILLABLE_SECONDS", 0.1)
+    monkeypatch.setattr(process, "end_group", lambda leader: os.getpid())
+    async with engine() as e:
+        await e.answer(request(1))
+        os.kill(e._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineLost, match=f"the engine process {os.getpid()} cannot be killed: it is in state"):
+            await asyncio.wait_for(e.answer(request(2)), 10)
+        e._process._process.wait()
+
+
+async def test_a_killed_process_whose_socket_stays_open_is_replaced(engine, monkeypatch):
+    """Somebody outside its group may hold the socket: no end of it tells of the death."""
+    monkeypatch.setattr(process.EngineProcess, "_lost", lambda process: None)
+    async with engine(hang_on=[3], hang_timeout=0.3) as e:
+        await e.answer(request(1))
+        with pytest.raises(EngineDied, match=r"no progress for 0\.3 s"):
+            await asyncio.wait_for(e.answer(request(3)), 10)
+        assert (await e.answer(request(4))).texts == ("row 4",)
