@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Core:
     nor does anything else on the loop move. die: the process is gone. unwell: reported as not alive from then on.
     once: a file; only the first to make it behaves so. rules: by a text that the prompt holds, the behaviour it calls
     for. record: a file that takes what is asked, as JSON lines. load, exit: text of an exception and of a SystemExit
-    while it is made.
+    while it is made. gpus: how many there seem to be.
     """
 
     def __init__(self, path: str, config: Any, **behaviour: Any) -> None:
@@ -68,6 +69,7 @@ class Core:
         self.inflight = self.peak = self.ticks = 0
         self.asked: list[Asked] = []
         self.alive = True
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
         self.model: Any = None
         if behaviour.get("answer") == "model":
             from transformers import AutoModelForImageTextToText
@@ -243,7 +245,7 @@ def install(put: Callable[[Any, str, Any], None] = setattr, **behaviour: Any) ->
         return cores[-1]
 
     put(lmdeploy.pytorch.engine.Engine, "from_pretrained", classmethod(from_pretrained))
-    put(gpu, "count", lambda: 1)
+    put(gpu, "count", lambda: behaviour.get("gpus", 1))
     put(gpu, "name", lambda _=0: "no GPU")
     put(gpu, "memory", lambda _=0: (2**34, 2**34))
     put(config, "MOST_ROWS", ROWS)

@@ -283,6 +283,16 @@ async def test_lists_are_open_for_a_quarter_more_rows_than_it_computes_at_once()
     assert (told.engine, told.version.startswith("0.18")) == ("lmdeploy", True)
 
 
+async def test_several_gpus_of_the_pytorch_backend_are_opened_in_the_main_thread():
+    """Its executor of several processes asks for signals, which only that one may."""
+    for tp, main in ((2, True), (1, False)):
+        async with with_core(MODEL, {"answer": "digest", "gpus": 2}, flags={"tp": tp}) as started:
+            assert started.core.in_main_thread is main
+            assert started.line.info.backend == "pytorch on no GPU" + " x 2" * main
+            response, _ = await started.ask("hello", [picture(28, 28)])
+            assert response.failure is None
+
+
 # -------------------------------------------------------------------------------------------------------------- models
 
 

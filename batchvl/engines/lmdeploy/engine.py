@@ -68,7 +68,11 @@ class LmdeployEngine:
         if self._resolved is None:
             await self.resolve()
         assert self._resolved is not None
-        self._model = await loop.run_in_executor(self._thread, self._resolved.load, self._say)
+        await loop.run_in_executor(self._thread, self._resolved.wait, self._say)
+        if self._resolved.wants_main_thread:
+            self._model = self._resolved.load()
+        else:
+            self._model = await loop.run_in_executor(self._thread, self._resolved.load)
         self._watching = loop.create_task(self._watch(self._model))
         return self._model.info
 

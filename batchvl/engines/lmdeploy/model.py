@@ -90,21 +90,28 @@ class Resolved:
             "batchvl.engines.lmdeploy.pictures:Pictures", special_tokens=tuple(self._words.special)
         )
 
-    def load(self, say: Callable[[str], None]) -> Loaded:
-        """Loads the weights and asks for one token about a blank picture, so that what cannot work fails here.
+    @property
+    def wants_main_thread(self) -> bool:
+        """Whether `load` is for the main thread: LMDeploy's executor of several processes asks for signals there."""
+        return self._backend == "pytorch" and self._config.tp > 1
 
-        say: told where the GPU's memory is waited for.
-        Raises EngineUnavailable where they do not fit or something is missing, ModelError where LMDeploy fails over
-        the model.
-        """
+    def wait(self, say: Callable[[str], None]) -> None:
+        """Waits for the GPU's memory, telling `say`. Raises EngineUnavailable where the weights do not fit."""
         weights = self._checkpoint.weight_bytes // self._spec.lmdeploy["tp"]
         gpu.wait_for_memory(0, weights, say)
         self._before = self._memory(weights)
-        print(
-            self._before, file=sys.stderr, flush=True
-        )  # into the log: TurboMind ends the process where it is too little
+        # Into the log, for the last words: TurboMind ends the process where memory is too little.
+        print(self._before, file=sys.stderr, flush=True)
         if gpu.memory()[0] < weights and self._hf_config.dtype in (torch.float16, torch.bfloat16):
             raise EngineUnavailable(f"{self._spec.model}: its weights do not fit\n{self._before}{self._advice()}")
+
+    def load(self) -> Loaded:
+        """Loads the weights, once there is room for them, and asks for one token about a blank picture, so that what
+        cannot work fails here.
+
+        Raises EngineUnavailable where they do not fit or something is missing, ModelError where LMDeploy fails over
+        the model.
+        """
         with _Complaints() as complaints:
             try:
                 pipe = lmdeploy.pipeline(
