@@ -128,6 +128,42 @@ CLASSIC_NAMES = {
 }
 
 
+def large(folder: Path) -> Path:
+    """1.6 billion random weights: InternViT-300M's, with tiles of 448 pixels, and Qwen2.5-1.5B's layers."""
+    from transformers import AutoConfig, InternVLForConditionalGeneration
+
+    ours = _config()
+    sizes: dict[str, Any] = {
+        "vision_config": ours["vision_config"]
+        | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+        | {"image_size": [448, 448]},
+        "text_config": {key: value for key, value in ours["text_config"].items() if key != "layer_types"}
+        | {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960}
+        | {"max_position_embeddings": 32768},
+        "image_seq_length": 256,
+    }
+    _copy(folder, **sizes)
+    wanted = (folder / "config.json").read_text()
+    for name, changes in (
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 448, "width": 448}, "crop_to_patches": True, "max_patches": 12},
+        ),
+        ("processor_config.json", {"image_seq_length": 256}),
+    ):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            InternVLForConditionalGeneration(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (folder / "config.json").write_text(wanted)
+    return folder
+
+
 def awq(folder: Path, group: int = 128) -> Path:
     """The language half's matrices in 4 bits, rounded to nearest, in the form that AWQ's checkpoints have.
 
