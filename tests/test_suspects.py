@@ -65,12 +65,12 @@ def test_two_deaths_at_once_are_two_groups():
 def test_full_by_rows_and_by_the_bytes_that_rows_carry(monkeypatch):
     held = Suspects()
     for row in rows(*range(suspects.ROWS)):
-        held.blame(row, EngineDied())
+        held.blame(row, EngineDied("it died"))
     assert not held.full
-    held.blame(Row(9999), EngineDied())
+    held.blame(Row(9999), EngineDied("it died"))
     assert held.full
     held.sift()
     assert not held.full
     monkeypatch.setattr(suspects, "BYTES", 10)
-    held.blame(Row(1, images=(InlineImage(bytes(11), "x"),)), EngineDied())
+    held.blame(Row(1, images=(InlineImage(bytes(11), "x"),)), EngineDied("it died"))
     assert held.full
