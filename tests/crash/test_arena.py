@@ -55,7 +55,7 @@ def test_no_row_ever_sees_anothers_picture(tmp_path):
     killed = {"worker": 0, "engine": 0}
 
     def kill() -> None:
-        engine_at = time.monotonic() + 3
+        engine_at = time.monotonic() + 1.5
         while not done.wait(0.1):
             hosts = {c.pid for c in children("batchvl.images.host")}
             workers = [c for c in children("batchvl.images.host") if c.ppid() in hosts]
@@ -66,7 +66,7 @@ def test_no_row_ever_sees_anothers_picture(tmp_path):
             if engines and time.monotonic() > engine_at:
                 engines[0].kill()
                 killed["engine"] += 1
-                engine_at = time.monotonic() + 4
+                engine_at = time.monotonic() + 2.5
 
     with ThreadPoolExecutor(1) as killer:
         killing = killer.submit(kill)
