@@ -70,8 +70,12 @@ class Channel(asyncio.Protocol, Generic[Received]):
         cls, sock: socket.socket, receives: Any, received: Callable[[Received], None], lost: Callable[[], None]
     ) -> Channel[Received]:
         """A channel over one end of a socket pair, which it owns from now on."""
-        loop = asyncio.get_running_loop()
-        _, channel = await loop.create_unix_connection(lambda: cls(receives, received, lost), sock=sock)
+        channel = cls(receives, received, lost)
+        try:
+            await asyncio.get_running_loop().create_unix_connection(lambda: channel, sock=sock)
+        except BaseException:
+            channel._lost = lambda: None  # who opens it hears of that, and has nothing yet that could be lost
+            raise
         return channel
 
     def send(self, message: Any) -> None:
