@@ -55,6 +55,20 @@ def template_columns(prompt: str, available: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def breakable(tokens: Iterable[str]) -> tuple[str, ...]:
+    """The tokens, each once, that a space after their first character breaks up: not those of a single one."""
+    return tuple(token for token in dict.fromkeys(tokens) if len(token) > 1)
+
+
+def either(tokens: Iterable[str]) -> str:
+    """A pattern of any of the tokens, the longest first.
+
+    >>> either(["<i>", "<i>b"])
+    '<i>b|<i>'
+    """
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+
+
 class Prompter:
     """Makes requests of rows.
 
@@ -77,11 +91,9 @@ class Prompter:
         # Text and names take turns: text, name, text, …
         self._template = _FIELD.split(options.prompt) if options.prompt is not None else None
         self._system = Message("system", (Part(text=options.system),)) if options.system is not None else None
-        # A space cannot break up a single character.
-        self.special_tokens = tuple(token for token in dict.fromkeys(special_tokens) if len(token) > 1)
+        self.special_tokens = breakable(special_tokens)
         """The model's, which no row may bring."""
-        longest_first = sorted({IMAGE_TOKEN, *self.special_tokens}, key=len, reverse=True)
-        self._tokens = re.compile("|".join(map(re.escape, longest_first)))
+        self._tokens = re.compile(either({IMAGE_TOKEN, *self.special_tokens}))
 
     def request(self, row: Row) -> Request:
         """The row as the engine is asked. Raises a PromptError: the row alone fails."""

@@ -22,7 +22,7 @@ from .family import end_group, memory_of, state_of
 from .messages import Abort, Alive, Answers, FromEngine, Infer, Note, Open, Refused, Resolved, Started
 from .protocol import EngineInfo, EngineSpec
 
-__all__ = ["EngineDied", "EngineProcess", "Unkillable"]
+__all__ = ["EngineDied", "EngineProcess"]
 
 LEAVE_SECONDS = 10.0
 """How long a process may live on whose socket is closed, by whichever side, before it is killed."""

@@ -28,7 +28,7 @@ from .death import Deaths, EngineDied, Refused, Unkillable
 from .feed import Feed
 from .growth import MemoryLimit, amount
 from .process import EngineProcess
-from .protocol import EngineInfo, EngineSpec
+from .protocol import EngineInfo, EngineSpec, unheard
 from .rows import Rows, counted
 
 MEMORY_SECONDS = 3.0
@@ -52,7 +52,7 @@ class SupervisedEngine:
         lifeline: Lifeline,
         environment: Mapping[str, str],
         log: Path,
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None] = unheard,
     ) -> None:
         self._spec, self._options, self._arena = spec, options, arena
         self._lifeline, self._environment, self._log, self._say = lifeline, environment, log, say

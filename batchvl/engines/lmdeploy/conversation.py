@@ -83,10 +83,11 @@ class Conversation:
         from lmdeploy.serve.core import RequestError
 
         model, stop = self._model, self._request.sampling.stop
-        answer = Answer(Stops(text for text in stop if text not in model.words.special), model.engine.tokenizer)
+        stops = Stops(text for text in stop if text not in model.words.special)
+        answer = Answer(stops, model.engine.tokenizer)
         try:
             prepared = await self._prepared()
-            async with aclosing(model.engine.generate(prepared, stream_response=bool(stop))) as outputs:
+            async with aclosing(model.engine.generate(prepared, stream_response=bool(stops))) as outputs:
                 async for out in outputs:
                     model.steps += 1
                     if answer.add(out):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ...prompt import breakable, either
+
 MARKS = ("<img>", "</img>", "<IMG_CONTEXT>", "<image>")
 """What stands for a picture in a prompt, where tokenizers do not call it special."""
 
@@ -19,9 +21,7 @@ class Vocabulary:
         self.special: dict[str, int] = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in found}
         """The strings that the tokenizer reads as control tokens wherever they stand in a text, and their numbers."""
         self.size = size
-        # A space cannot break up a single character.
-        longest_first = sorted((token for token in found if len(token) > 1), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special = re.compile(either(breakable(found)) or r"(?!)")
 
     def escaped(self, text: str) -> str:
         """An answer as a part of the next prompt: what spells a control token in it becomes none."""
