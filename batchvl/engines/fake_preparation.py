@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..request import Request
+from ..request import Image, Request
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image as Picture
 
 SIDE = 32
 
@@ -16,5 +16,5 @@ SIDE = 32
 class Thumbnails:
     """Each picture as SIDE x SIDE pixels of three bytes."""
 
-    def prepare(self, request: Request, pictures: Sequence[Image]) -> dict[str, bytes]:
+    def prepare(self, request: Request, pictures: Sequence[Picture], images: Sequence[Image] = ()) -> dict[str, bytes]:
         return {f"picture{i}": picture.resize((SIDE, SIDE)).tobytes() for i, picture in enumerate(pictures)}

@@ -18,7 +18,10 @@ ENGINES: Mapping[str, str] = {
 }
 
 
-PRELOADS: Mapping[str, str] = {"transformers": "batchvl.engines.transformers.preparation"}
+PRELOADS: Mapping[str, str] = {
+    "lmdeploy": "batchvl.engines.lmdeploy.preparation",
+    "transformers": "batchvl.engines.transformers.preparation",
+}
 """The module of an engine's preparation, where importing it takes long."""
 
 

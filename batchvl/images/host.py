@@ -181,7 +181,7 @@ def _prepare(
             data = _bytes(source, setup, encoded)
             picture, images[number] = decode(data, setup.limits, source.label)
             pictures.append(picture)
-        return preparation.prepare(job.request, pictures) if preparation is not None else {}
+        return preparation.prepare(job.request, pictures, images) if preparation is not None else {}
     except RowError as error:
         return Failure.of(error)
     except MemoryError:

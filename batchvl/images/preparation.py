@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import msgspec
 
-from ..request import Request, Struct
+from ..request import Image, Request, Struct
 
 if TYPE_CHECKING:
     import numpy
-    from PIL.Image import Image
+    from PIL.Image import Image as Picture
 
 
 class PreparationSpec(Struct, frozen=True):
@@ -32,11 +32,13 @@ Array: TypeAlias = "bytes | numpy.ndarray"
 class Preparation(Protocol):
     """Makes one row's inputs from its pictures. Lives in the image workers; loaded before they fork."""
 
-    def prepare(self, request: Request, pictures: Sequence[Image]) -> Mapping[str, Array]:
+    def prepare(
+        self, request: Request, pictures: Sequence[Picture], images: Sequence[Image] = ()
+    ) -> Mapping[str, Array]:
         """Named arrays for the engine: bytes, or numpy arrays in C order. A name such as "pixel_values:bfloat16"
         tells a type that numpy lacks; its array is a view of the same width.
 
-        `pictures` are RGB, in the row's order, EXIF orientation applied. Raises a `RowError`; any other exception
-        becomes `prepare_failed`.
+        `pictures` are RGB, in the row's order, EXIF orientation applied; `images` tell of the files that they were.
+        Raises a `RowError`; any other exception becomes `prepare_failed`.
         """
         ...

@@ -19,8 +19,10 @@ from batchvl.prompt import Prompter
 from batchvl.request import InlineImage, Request, Response, Row
 
 from . import cpu_core
-from .in_process import Line, started
+from .in_process import Line, picture, started
 
+SOON = 4.0
+"""Seconds; a row that LMDeploy's own abort does not reach is given 2 before it is cancelled."""
 PREPARING = 8
 """As many rows as the engine has in LMDeploy's preparation at once."""
 
@@ -86,12 +88,57 @@ class CoreLine:
 
 @asynccontextmanager
 async def with_core(
-    model: Path | str, behaviour: dict[str, Any] | None = None, **settings: Any
+    model: Path | str,
+    behaviour: dict[str, Any] | None = None,
+    *,
+    own: bool = False,
+    megabytes: int = 16,
+    **settings: Any,
 ) -> AsyncIterator[CoreLine]:
-    """The engine, started; what it was asked at its start is forgotten."""
+    """The engine, started; what it was asked at its start is forgotten. own: LMDeploy prepares the pictures itself."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("batchvl.engines.lmdeploy.model.SERIES", "0.0." if own else "0.18.")
         cores = cpu_core.install(patch.setattr, **(behaviour or {"answer": "digest"}))
-        async with started(spec(model, **settings)) as line:
+        async with started(spec(model, **settings), megabytes=megabytes) as line:
             [core] = cores
             core.asked.clear()
             yield CoreLine(line, core)
+
+
+class Rows:
+    """Rows in the engine, each a task; pictures are drawn by the row's number."""
+
+    def __init__(self, line: CoreLine) -> None:
+        self.line, self.answers = line, {}
+
+    async def put(self, number: int, prompt, pictures: int = 0) -> None:
+        drawn = [picture(60 + number, 40, number) for _ in range(pictures)]
+        row = Row(number, prompt=prompt, images=(InlineImage(b"", "drawn"),) * pictures)
+        asked = self.line.request(row, max_new_tokens=200)
+        self.answers[number] = asyncio.create_task(self.line.line.ask((asked, drawn)))
+
+    async def __getitem__(self, number: int):
+        return (await asyncio.wait_for(asyncio.shield(self.answers[number]), 30))[0]
+
+    async def aborted(self, number: int, within: float = SOON):
+        """Aborts a row; its response, which came soon."""
+        started = time.monotonic()
+        await self.line.line.engine.abort(number)
+        response = await self[number]
+        assert time.monotonic() - started < within
+        assert (response.failure.code, response.failure.stage) == ("row_timeout", "engine")
+        assert response.finish_reason is None
+        return response
+
+    async def end(self) -> None:
+        for number, answer in self.answers.items():
+            if not answer.done():
+                await self.line.line.engine.abort(number)
+        await asyncio.gather(*self.answers.values())
+
+
+async def until(what) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end, "it never came"
+        await asyncio.sleep(0.005)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 import pytest_asyncio
 
-from batchvl.images import arena
-from batchvl.request import InlineImage, Row
+from batchvl.request import Row
 from batchvl.shapes import MODEL
 from tests.engines.cpu_core import ROWS
-from tests.engines.in_process import picture
-from tests.engines.lmdeploy_line import PREPARING, CoreLine, with_core
+from tests.engines.lmdeploy_line import SOON, CoreLine, Rows, until, with_core
 
 pytestmark = [pytest.mark.lmdeploy, pytest.mark.asyncio(loop_scope="module")]
-
-SOON = 4.0
-"""Seconds; a row that LMDeploy's own abort does not reach is given 2 before it is cancelled."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -36,50 +30,11 @@ async def line(engine: CoreLine):
     await engine.idle()
 
 
-class Rows:
-    """Rows in the engine, each a task; pictures are drawn by the row's number."""
-
-    def __init__(self, line: CoreLine) -> None:
-        self.line, self.answers = line, {}
-
-    async def put(self, number: int, prompt, pictures: int = 0) -> None:
-        drawn = [picture(60 + number, 40, number) for _ in range(pictures)]
-        row = Row(number, prompt=prompt, images=(InlineImage(b"", "drawn"),) * pictures)
-        asked = self.line.request(row, max_new_tokens=200)
-        self.answers[number] = asyncio.create_task(self.line.line.ask((asked, drawn)))
-
-    async def __getitem__(self, number: int):
-        return (await asyncio.wait_for(asyncio.shield(self.answers[number]), 30))[0]
-
-    async def aborted(self, number: int, within: float = SOON):
-        """Aborts a row; its response, which came soon."""
-        started = time.monotonic()
-        await self.line.line.engine.abort(number)
-        response = await self[number]
-        assert time.monotonic() - started < within
-        assert (response.failure.code, response.failure.stage) == ("row_timeout", "engine")
-        assert response.finish_reason is None
-        return response
-
-    async def end(self) -> None:
-        for number, answer in self.answers.items():
-            if not answer.done():
-                await self.line.line.engine.abort(number)
-        await asyncio.gather(*self.answers.values())
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def rows(line: CoreLine):
     found = Rows(line)
     yield found
     await found.end()
-
-
-async def until(what) -> None:
-    end = time.monotonic() + 20
-    while not what():
-        assert time.monotonic() < end, "it never came"
-        await asyncio.sleep(0.005)
 
 
 async def test_a_row_that_is_being_answered(line: CoreLine, rows: Rows):
@@ -124,76 +79,6 @@ async def test_all_handles_come_back(line: CoreLine, rows: Rows):
     for number in range(100, 100 + ROWS * 2):
         assert (await rows[number]).failure is None
     assert line.core.peak == ROWS
-
-
-async def test_rows_in_lmdeploy_s_preparation_and_in_line_for_it(line: CoreLine, rows: Rows, monkeypatch):
-    model, gate = line.loaded.engine.vl_encoder.model, asyncio.Event()
-    prepare, loop = model.preprocess, asyncio.get_running_loop()
-
-    def slowly(messages):
-        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
-        return prepare(messages)
-
-    monkeypatch.setattr(model, "preprocess", slowly)
-    for number in range(PREPARING + 4):
-        await rows.put(number, "quick", pictures=1)
-    await until(lambda: line.left()["preparing"] == PREPARING and line.left()["rows"] == PREPARING + 4)
-
-    await rows.aborted(PREPARING + 1)  # in line
-    await rows.aborted(2)  # one of those at work
-    assert not any(answer.done() for number, answer in rows.answers.items() if number not in (2, PREPARING + 1))
-
-    gate.set()
-    for number in range(PREPARING + 4):
-        failure = (await rows[number]).failure
-        assert (failure is None) == (number not in (2, PREPARING + 1))
-
-
-async def test_an_aborted_row_s_answer_is_not_told_before_its_pictures_are_read(
-    line: CoreLine, rows: Rows, monkeypatch
-):
-    """The runner gives the arena's bytes to somebody else the moment a row is answered."""
-    read, late = [], asyncio.Event()
-    at = arena.ArenaView.at
-    loop = asyncio.get_running_loop()
-
-    def slowly(self, extent):
-        import threading
-
-        if threading.current_thread() is threading.main_thread():
-            return at(self, extent)  # this test's own writing
-        asyncio.run_coroutine_threadsafe(late.wait(), loop).result()
-        read.append(rows.answers[0].done())
-        return at(self, extent)
-
-    monkeypatch.setattr(arena.ArenaView, "at", slowly)
-    await rows.put(0, "quick", pictures=1)
-    await until(lambda: line.left()["preparing"] == 1)
-    await line.line.engine.abort(0)
-    await asyncio.sleep(3)
-    assert not rows.answers[0].done()
-    late.set()
-
-    assert (await rows[0]).failure.code == "row_timeout"
-    assert read == [False]
-
-
-async def test_a_row_that_waits_for_room_for_its_pictures(line: CoreLine, rows: Rows):
-    room = line.loaded.room
-    await rows.put(5, "quick", pictures=1)
-    assert (await rows[5]).failure is None  # now it is known what a picture takes
-    taken = room._left
-    room._left = 0
-    try:
-        for number in range(3):
-            await rows.put(number, "quick", pictures=1)
-        await until(lambda: line.left()["rows"] == 3)
-        await asyncio.sleep(0.1)
-        assert line.left()["sessions"] == 0, "they wait for room"
-        await rows.aborted(1)
-    finally:
-        line.loaded.loop.call_soon_threadsafe(room.give, taken)
-    assert [(await rows[number]).failure is None for number in range(3)] == [True, False, True]
 
 
 async def test_a_row_of_several_turns_ends_with_those_it_has(line: CoreLine, rows: Rows):

@@ -329,25 +329,6 @@ async def test_a_prompt_longer_than_the_context_is_told_with_both_lengths(line: 
     await line.idle()
 
 
-async def test_what_lmdeploy_s_preparation_raises_is_quoted(line: CoreLine, monkeypatch):
-    def broken(messages):
-        raise AssertionError("no such tile")
-
-    def refused(messages):
-        raise ValueError("no such picture")
-
-    for preprocess, code, said in (
-        (broken, "prepare_failed", "preprocess_failed: Request preprocessing failed. (AssertionError: no such tile)"),
-        (refused, "request_refused", "invalid_request: no such picture"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(line.loaded.engine.vl_encoder.model, "preprocess", preprocess)
-            response, asked = await line.ask("hello", [picture(28, 28)])
-        assert (response.failure.code, asked) == (code, [])
-        assert said in response.failure.message
-        await line.idle()
-
-
 async def test_a_failure_among_many_rows_is_its_row_s_alone(line: CoreLine):
     from batchvl.request import Row
 

@@ -205,7 +205,7 @@ async def test_max_tiles_bounds_each_picture_s_tiles(folders, name):
     """A picture of 3 x 2 tiles and, where there are several, a thumbnail."""
     found, side = {}, TILE.get(name, 448)
     for most in (1, 4, 6, 12):
-        roomy = {"flags": {"session_len": 100_000}}
+        roomy = {"flags": {"session_len": 100_000}, "megabytes": 64}
         async with with_core(folders[name], trust_remote_code=True, max_tiles=most, **roomy) as started:
             asked = await started.asked("Who?", [picture(side * 3, side * 2), picture(side, side)])
             found[most] = [shape[0] for shape in asked.pictures]
@@ -227,11 +227,3 @@ async def test_without_max_tiles_the_models_own_setting_holds(family: CoreLine):
     else:
         asked = await family.asked("Who?", [picture(200, 200)])
         assert asked.pictures[0][0] == 16 * 16  # the processor's longest_edge, 64 x 64 pixels
-
-
-async def test_room_for_pictures_is_learnt_from_what_they_take(family: CoreLine):
-    """InternVL's largest is assumed before: of a model with smaller ones too few rows would be in at once."""
-    await family.asked("Who?", [picture(90, 40)])
-    await family.idle()
-
-    assert family.loaded.room._largest < 2**20

@@ -9,7 +9,7 @@ from ...errors import OptionError
 from ...request import Message
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 INTERNVL = {"InternVLChatModel", "InternVLForConditionalGeneration", "InternS1ForConditionalGeneration"}
 QWEN = {"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"}
@@ -20,7 +20,7 @@ TILE_PIXELS = 448 * 448
 def picture_settings(architecture: str, max_tiles: int | None) -> dict[str, int]:
     """What goes along with each picture for at most `max_tiles` tiles of it. Raises OptionError.
 
-    InternVL's Hugging Face form and Qwen's are limited in their processors instead: see `limit`.
+    InternVL's Hugging Face form and Qwen's are limited in their processors instead: see `limit_tiles`.
     """
     if max_tiles is None or architecture in INTERNVL - {"InternVLChatModel"} | QWEN:
         return {}
@@ -29,8 +29,11 @@ def picture_settings(architecture: str, max_tiles: int | None) -> dict[str, int]
     raise OptionError(f"--max-tiles: LMDeploy has no such setting for {architecture}; want InternVL or Qwen2-VL")
 
 
-def limit(architecture: str, images: Any, max_tiles: int) -> None:
-    """Has the image processor `images` make at most so many tiles of a picture, where that is its own setting."""
+def limit_tiles(architecture: str, model: Any, max_tiles: int | None) -> None:
+    """Has LMDeploy's vision model make at most so many tiles of a picture, where that is its processor's setting."""
+    images: Any = getattr(getattr(model, "processor", None), "image_processor", None)
+    if max_tiles is None or images is None:
+        return
     if architecture in QWEN:
         most = max_tiles * TILE_PIXELS
         images.size = {"longest_edge": most, "shortest_edge": min(images.size["shortest_edge"], most)}  # areas
@@ -49,11 +52,11 @@ class Chat:
         self._breaks_lines = architecture in INTERNVL
         self._settings = dict(settings)
 
-    def messages(self, messages: Iterable[Message], picture: Callable[[int], Image]) -> list[dict[str, Any]]:
-        """`picture` gives the row's picture with a number."""
+    def messages(self, messages: Iterable[Message], picture: Callable[[int], Any]) -> list[dict[str, Any]]:
+        """`picture` gives what stands for the row's picture with a number, such as the picture."""
         return [{"role": message.role, "content": self._content(message, picture)} for message in messages]
 
-    def _content(self, message: Message, picture: Callable[[int], Image]) -> str | list[dict[str, Any]]:
+    def _content(self, message: Message, picture: Callable[[int], Any]) -> str | list[dict[str, Any]]:
         if all(part.image is None for part in message.parts):
             return "".join(part.text or "" for part in message.parts)
         content: list[dict[str, Any]] = []

@@ -11,7 +11,9 @@ from ...images.arena import ArenaView
 from ...request import Failure, Message, Part, Request, Response
 from . import pictures
 from .answer import Answer
+from .entrance import Around, Ready
 from .failures import failure
+from .inputs import PICTURES, is_packed, unpack
 from .sampling import Stops, settings
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Conversation:
         self._input_tokens = self._output_tokens = 0
         self._cut = self._aborted = False
         self._session: Any = None
+        self._prepared = unpack(request, arena) if is_packed(request) else None
         self._room = 0
         self._task: asyncio.Task[Response] | None = None
 
@@ -67,8 +70,7 @@ class Conversation:
         if self._aborted:
             raise RowTimeout("aborted")
         model = self._model
-        count = sum(part.image is not None for message in self._asked for part in message.parts)
-        self._room = await model.room.take_pictures(count)
+        self._room = await model.room.take_pictures(0 if self._prepared else self._pictures())
         self._session = model.sessions.get()
         try:
             answer = await self._ask()
@@ -86,7 +88,7 @@ class Conversation:
         stops = Stops(text for text in stop if text not in model.words.special)
         answer = Answer(stops, model.engine.tokenizer)
         try:
-            prepared = await self._prepared()
+            prepared = await self._preprocessed()
             async with aclosing(model.engine.generate(prepared, stream_response=bool(stops))) as outputs:
                 async for out in outputs:
                     model.steps += 1
@@ -104,20 +106,33 @@ class Conversation:
             raise RowTimeout("aborted")
         return answer
 
-    async def _prepared(self) -> Any:
+    async def _preprocessed(self) -> Any:
         """LMDeploy's request: prompt, tiles and settings. Raises its RequestError."""
         from lmdeploy import GenerationConfig
 
         model = self._model
         wanted = GenerationConfig(**settings(self._request.sampling, model.stop_ids, model.words))
-        async with model.preparing:
-            messages = await self._messages()
-            prepared = await model.engine.preprocess(messages, self._session, gen_config=wanted)
-        self._room = model.room.settle(self._room, prepared)
-        self._input_tokens += prepared.input_token_len
-        left = model.engine.session_len - prepared.input_token_len
-        prepared.gen_config.max_new_tokens = min(prepared.gen_config.max_new_tokens, left)
-        return prepared
+        if self._prepared is None:
+            async with model.preparing:
+                found = await model.engine.preprocess(await self._messages(), self._session, gen_config=wanted)
+            self._room = model.room.settle(self._room, found)
+        else:
+            found = await model.engine.preprocess(self._ready(self._prepared), self._session, gen_config=wanted)
+        self._input_tokens += found.input_token_len
+        left = model.engine.session_len - found.input_token_len
+        found.gen_config.max_new_tokens = min(found.gen_config.max_new_tokens, left)
+        return found
+
+    def _ready(self, prepared: dict[str, Any]) -> Ready | Around:
+        """What image workers have prepared of this turn."""
+        if PICTURES not in prepared:
+            return Ready(prepared)
+        messages = self._model.chat.messages(self._asked, lambda _: PICTURES)  # where they stand
+        return Around(messages, prepared[PICTURES][: self._pictures()])
+
+    def _pictures(self) -> int:
+        """How many have been shown up to this turn."""
+        return sum(part.image is not None for message in self._asked for part in message.parts)
 
     async def _messages(self) -> list[dict[str, Any]]:
         """LMDeploy's messages. Copying a large picture takes long enough to be no work for the loop."""

@@ -21,9 +21,11 @@ from ...resources import memory
 from .. import gpu
 from ..checkpoint import find, first_line
 from ..protocol import EngineInfo, EngineSpec
-from .chat import Chat, limit, picture_settings
+from .chat import Chat, limit_tiles, picture_settings
 from .config import choose_backend, engine_config, text_config
 from .configuration import configuration
+from .entrance import Entrance
+from .pixels import pixel_type, prepared_elsewhere, vision_type
 from .room import Room
 from .template import Template
 from .vocabulary import Vocabulary
@@ -42,6 +44,7 @@ class Loaded:
         self.pipe, self.info, self.chat, self.words = pipe, info, chat, words
         self.engine, self.sessions, self.loop = pipe.async_engine, pipe.session_mgr, pipe.internal_thread.loop
         self.stop_ids: list[int] = self.engine.stop_words or []
+        self.engine.prompt_processor = Entrance(self.engine.prompt_processor)
         self.preparing = asyncio.Semaphore(PREPARING)
         self.room = Room(max(memory() // 8, 2**30))
         self.steps = 0
@@ -57,7 +60,8 @@ class Resolved:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._notes: list[str] = []
-        if not lmdeploy.__version__.startswith(SERIES):
+        self._known = lmdeploy.__version__.startswith(SERIES)
+        if not self._known:
             self._note(f"LMDeploy {lmdeploy.__version__}: batchvl was made with and for {SERIES}x")
         tp = spec.lmdeploy["tp"]
         if not gpu.count():
@@ -86,14 +90,31 @@ class Resolved:
         self._chat = Chat(architecture, picture_settings(architecture, spec.max_tiles))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         self._words = Vocabulary(tokenizer, int(text_config(self._hf_config).vocab_size))
-        self.preparation_spec = PreparationSpec(
-            "batchvl.engines.lmdeploy.pictures:Pictures", special_tokens=tuple(self._words.special)
-        )
+        self._pixels = pixel_type(self._hf_config, self._config) if self._known else None
+        self.preparation_spec = self._preparation()
 
     @property
     def wants_main_thread(self) -> bool:
         """Whether `load` is for the main thread: LMDeploy's executor of several processes asks for signals there."""
         return self._backend == "pytorch" and self._config.tp > 1
+
+    def _preparation(self) -> PreparationSpec:
+        """What image workers do: all that LMDeploy does before its engine, where that is known to be the same."""
+        special = tuple(self._words.special)
+        architecture = self._hf_config.architectures[0]
+        if not (self._known and prepared_elsewhere(self._hf_config, self._backend)):
+            self._note(f"LMDeploy prepares the pictures for {architecture} itself, one by one: the GPU may wait for it")
+            return PreparationSpec("batchvl.engines.lmdeploy.pictures:Pictures", special_tokens=special)
+        options = {
+            "model": self._checkpoint.path,
+            "architecture": architecture,
+            "trust_remote_code": self._spec.trust_remote_code,
+            "dtype": self._pixels and str(self._pixels).removeprefix("torch."),
+            "template": self._template.fields,
+            "max_tiles": self._spec.max_tiles,
+            "fingerprints": self._backend == "turbomind",
+        }
+        return PreparationSpec("batchvl.engines.lmdeploy.preparation:Preparation", options, special_tokens=special)
 
     def wait(self, say: Callable[[str], None]) -> None:
         """Waits for the GPU's memory, telling `say`. Raises EngineUnavailable where the weights do not fit."""
@@ -120,8 +141,9 @@ class Resolved:
                     chat_template_config=self._template.config,
                     trust_remote_code=self._spec.trust_remote_code,
                 )
-                self._limit_tiles(pipe)
-                _match_pixels(pipe)
+                model = pipe.async_engine.vl_encoder.model
+                limit_tiles(self._hf_config.architectures[0], model, self._spec.max_tiles)
+                self._match_pixels(pipe.async_engine)
                 self._try(pipe)
             except UsageError:
                 raise
@@ -158,11 +180,18 @@ class Resolved:
         if answer.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"a first question about a blank picture failed: {answer.error_message}")
 
-    def _limit_tiles(self, pipe: Any) -> None:
-        processor = getattr(pipe.async_engine.vl_encoder.model, "processor", None)
-        images: Any = getattr(processor, "image_processor", None)
-        if self._spec.max_tiles is not None and images is not None:
-            limit(self._hf_config.architectures[0], images, self._spec.max_tiles)
+    def _match_pixels(self, engine: Any) -> None:
+        """Has pictures prepared in the type that TurboMind's vision half has loaded, or it aborts the process: LMDeploy
+        takes the one from the whole model's configuration, as AWQ's has float16, and the other from the vision half's.
+        """
+        if engine.backend == "turbomind" and (loaded := vision_type(engine.engine.source_model)) is not None:
+            engine.vl_encoder.mm_feature_dtype = loaded
+            engine.vl_encoder.model.set_mm_feature_dtype(loaded)
+        if self._known and engine.vl_encoder.mm_feature_dtype != self._pixels:
+            raise ModelError(
+                f"{self._spec.model}: LMDeploy wants its pixels as {engine.vl_encoder.mm_feature_dtype}, and they are "
+                f"prepared as {self._pixels}: name one type for all of the model with --dtype"
+            )
 
     def _refusal(self, error: BaseException, complaints: _Complaints) -> UsageError:
         said = str(complaints) or f"{type(error).__name__}: {first_line(error)}"
@@ -196,21 +225,6 @@ class Resolved:
     def _note(self, text: str | None) -> None:
         if text is not None:
             self._notes.append(text)
-
-
-def _match_pixels(pipe: Any) -> None:
-    """Has pictures prepared in the type that TurboMind's vision half has loaded, or it aborts the process: LMDeploy
-    takes the one from the whole model's configuration, as AWQ's has float16, and the other from the vision half's.
-    """
-    engine = pipe.async_engine
-    if engine.backend == "turbomind":
-        from lmdeploy.turbomind import _tm
-
-        types = {_tm.DataType.TYPE_BF16: torch.bfloat16, _tm.DataType.TYPE_FP16: torch.float16}
-        loaded = types.get(getattr(engine.engine.source_model, "_vision_data_type", None))
-        if loaded is not None:
-            engine.vl_encoder.mm_feature_dtype = loaded
-            engine.vl_encoder.model.set_mm_feature_dtype(loaded)
 
 
 class _Complaints(logging.Handler):

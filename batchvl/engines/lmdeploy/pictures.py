@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy
-from PIL import Image
+from PIL import Image as pil
 
 from ...images.arena import ArenaView
-from ...request import Request
+from ...request import Image, Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Pictures:
     """Each picture as an array (height, width, 3) of bytes."""
 
-    def prepare(self, request: Request, pictures: Sequence[Picture]) -> dict[str, numpy.ndarray]:
+    def prepare(
+        self, request: Request, pictures: Sequence[Picture], images: Sequence[Image] = ()
+    ) -> dict[str, numpy.ndarray]:
         return {f"picture{number}": numpy.asarray(picture) for number, picture in enumerate(pictures)}
 
 
@@ -28,4 +30,4 @@ def read(request: Request, number: int, arena: ArenaView) -> Picture:
     tensor = request.tensors[number]
     height, width, channels = tensor.shape
     data = arena.at(request.extent)[tensor.offset : tensor.offset + height * width * channels]
-    return Image.frombytes("RGB", (width, height), data)
+    return pil.frombytes("RGB", (width, height), data)

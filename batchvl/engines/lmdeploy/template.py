@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ class Template:
             found = get_chat_template(path, self.config)
             self.note = f"--chat-template {name}: LMDeploy dropped this name; InternLM2's form of chats is used instead"
         self.sha256 = hashlib.sha256(_text(found).encode()).hexdigest()
+
+    @property
+    def fields(self) -> dict[str, Any] | None:
+        """Of `config`, for another process to make it of."""
+        return None if self.config is None else asdict(self.config)
 
 
 def _json(name: str, known: list[str]) -> str:

@@ -9,13 +9,13 @@ import numpy
 import torch
 
 from ...errors import ModelError, Unsupported
-from ...request import Message, Part, Request
+from ...request import Image, Message, Part, Request
 from .device import DTYPES
 from .families import TOKEN_KEYS, recognise
 from .processor import image_token_id, load_processor, render, special_tokens
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image as Picture
 
 COUNTS = ".turns"
 """Ends the name of the array that says, for the array named before it, how many entries each turn adds."""
@@ -36,14 +36,14 @@ class ProcessorPreparation:
     def __init__(
         self, model: str, dtype: str = "float32", max_tiles: int | None = None, trust_remote_code: bool = False
     ) -> None:
-        from PIL import Image
+        from PIL import Image as pil
 
         self.processor = load_processor(model, trust_remote_code)
         self._dtype = DTYPES[dtype]
         self._image_token = image_token_id(self.processor)
         try:
             probe = render(self.processor, [Message("user", (Part(image=0), Part(text="?")))])
-            outputs = self._process(probe, [Image.new("RGB", (64, 48))], {})
+            outputs = self._process(probe, [pil.new("RGB", (64, 48))], {})
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
             raise ModelError(f"{model}: the model's processor fails over a blank picture: {said}") from error
@@ -52,7 +52,9 @@ class ProcessorPreparation:
         self._settings = {} if max_tiles is None else self.family.limit(images, max_tiles)
         self._answer = self._find_answer_token()
 
-    def prepare(self, request: Request, pictures: Sequence[Image]) -> dict[str, numpy.ndarray]:
+    def prepare(
+        self, request: Request, pictures: Sequence[Picture], images: Sequence[Image] = ()
+    ) -> dict[str, numpy.ndarray]:
         """The request's arrays.
 
         `input_ids` (tokens,) int32 of all turns, answers left out, and `input_ids.turns` (turns,) how many of them
@@ -95,7 +97,7 @@ class ProcessorPreparation:
     def special_tokens(self) -> tuple[str, ...]:
         return special_tokens(self.processor)
 
-    def _process(self, text: str, pictures: Sequence[Image], settings: dict[str, Any]) -> Any:
+    def _process(self, text: str, pictures: Sequence[Picture], settings: dict[str, Any]) -> Any:
         tokenizer = self.processor.tokenizer
         written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         return self.processor(

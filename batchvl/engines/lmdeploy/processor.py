@@ -1,0 +1,76 @@
+"""LMDeploy's own preparation of a row, run by whoever calls it instead of by its threads and its event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+import torch
+from lmdeploy.model import ChatTemplateConfig, get_chat_template
+from lmdeploy.serve.processors import MultimodalProcessor
+from lmdeploy.tokenizer import Tokenizer
+from lmdeploy.vl.engine import ImageEncoder
+from lmdeploy.vl.model.builder import load_vl_model
+
+
+class Encoder(ImageEncoder):  # type: ignore[misc]  # LMDeploy has no types
+    """LMDeploy's ImageEncoder, of a model of whose weights none are loaded.
+
+    dtype: of the pixels; None leaves them as the model's processor makes them.
+    """
+
+    def __init__(self, path: str, trust_remote_code: bool, dtype: torch.dtype | None) -> None:
+        # With TurboMind LMDeploy prepares the pictures of models that it lets this be made for just as with PyTorch.
+        self.model = load_vl_model(path, "pytorch", trust_remote_code=trust_remote_code)
+        self.mm_feature_dtype = dtype
+        self.model.set_mm_feature_dtype(dtype)
+        self._uses_new_preprocess = self._is_new_preprocess_api(self.model)
+
+    @property
+    def makes_pictures_alone(self) -> bool:
+        """Whether a picture's pixels are made apart from the prompt's text, and go with other turns as well."""
+        return not self._uses_new_preprocess
+
+    async def preprocess(
+        self, messages: list[dict[str, Any]], input_prompt: Any = None, mm_processor_kwargs: Any = None
+    ) -> Any:
+        if self._uses_new_preprocess:
+            return self.model.preprocess(messages, input_prompt, mm_processor_kwargs)
+        return self.model.preprocess(messages)
+
+
+class Processor(MultimodalProcessor):  # type: ignore[misc]
+    """LMDeploy's MultimodalProcessor, in which nothing waits: `now` runs its coroutines.
+
+    template: the fields of a ChatTemplateConfig, None for the model's own.
+    """
+
+    vl_encoder: Encoder
+
+    def __init__(
+        self, path: str, trust_remote_code: bool, dtype: torch.dtype | None, template: dict[str, Any] | None
+    ) -> None:
+        config = ChatTemplateConfig(**template) if template is not None else None
+        super().__init__(
+            Tokenizer(path, trust_remote_code=trust_remote_code),
+            get_chat_template(path, config, trust_remote_code=trust_remote_code),
+            Encoder(path, trust_remote_code, dtype),
+            "pytorch",
+        )
+
+    @staticmethod
+    async def async_parse_multimodal_item(messages: list[dict[str, Any]], *_: Any, **__: Any) -> list[dict[str, Any]]:
+        parsed: list[dict[str, Any]] = [{}] * len(messages)
+        for number in range(len(messages)):
+            MultimodalProcessor._parse_multimodal_item(number, messages, parsed, {})
+        return parsed
+
+
+def now(work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that never waits. Raises what it raises."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value
+    work.close()
+    raise RuntimeError("LMDeploy's preparation waits for something")

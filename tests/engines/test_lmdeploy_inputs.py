@@ -1,0 +1,57 @@
+"""What LMDeploy makes of a row, on its way from an image worker's process to the engine's."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from lmdeploy.vl.constants import Modality
+
+from batchvl.engines.lmdeploy.inputs import pack, unpack
+from batchvl.images.arena import Arena
+from batchvl.request import Extent, Request, Tensor
+
+pytestmark = pytest.mark.lmdeploy
+
+
+def crossed(inputs):
+    """Inputs after their way through an arena."""
+    arrays, arena, tensors, at = pack(inputs), Arena(16), [], 0
+    for key, array in arrays.items():
+        name, _, dtype = key.partition(":")
+        tensors.append(Tensor(name, dtype or array.dtype.name, array.shape, at))
+        arena.at(Extent(at, array.nbytes))[:] = array.tobytes()
+        at += -(-array.nbytes // 64) * 64
+    return unpack(Request(0, (), extent=Extent(0, at), tensors=tuple(tensors)), arena)
+
+
+def test_all_that_lmdeploy_gives_comes_out_as_it_went_in():
+    pixels = torch.randn(3, 5).to(torch.bfloat16)
+    given = {
+        "prompt": "ä", "input_ids": list(range(3000)), "multimodal": [
+            {"pixel_values": pixels, "offset": (3, 259), "modality": Modality.IMAGE, "fingerprint": b"\x00" * 32},
+            {"grid": torch.tensor([[1, 4, 6]]), "mask": numpy.array([True, False]), "image_size": (640, 480)},
+            {"none": None, "share": 0.5, "flag": True, "nested": [[1], ["a", (1, (2,))]], "count": numpy.int64(7)},
+            {"scalar": torch.tensor(4), "empty": torch.empty(0, 3), "part": torch.arange(12).reshape(3, 4)[:, ::2]},
+        ],
+    }  # fmt: skip
+
+    found = crossed(given)
+
+    assert (found["prompt"], found["input_ids"]) == (given["prompt"], given["input_ids"])
+    for before, after in zip(given["multimodal"], found["multimodal"], strict=True):
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            if isinstance(value, torch.Tensor):
+                assert (after[key].dtype, after[key].shape) == (value.dtype, value.shape)
+                assert torch.equal(after[key], value)
+            elif isinstance(value, numpy.ndarray):
+                assert isinstance(after[key], numpy.ndarray)
+                assert numpy.array_equal(after[key], value)
+            else:
+                assert (type(after[key]), after[key]) == (int if key == "count" else type(value), value)
+
+
+def test_what_cannot_cross_is_named():
+    with pytest.raises(TypeError, match="gave a object, which does not cross"):
+        pack({"multimodal": [{"what": object()}]})
