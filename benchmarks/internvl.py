@@ -2,10 +2,10 @@
 
     python benchmarks/internvl.py 2b /tmp/internvl-2b --max-tiles 12
 
-The folder is one of InternVLForConditionalGeneration that LMDeploy's engines and transformers load without network. Sizes
-are those of InternVL3-2B and -8B: InternViT-300M and Qwen2.5-1.5B or -7B; tiny is for trying things out.
+The folder is one of InternVLForConditionalGeneration, which LMDeploy's engines and transformers load without network.
+Sizes are those of InternVL3-2B and -8B: InternViT-300M and Qwen2.5-1.5B or -7B; tiny is for trying things out.
 
-It answers words until it may not go on: an answer has exactly max_new_tokens tokens, with every engine and whatever ends
+It says words until it may not go on: an answer has exactly max_new_tokens tokens, with every engine and whatever ends
 answers by its configuration. See `never_end`.
 """
 
@@ -83,17 +83,15 @@ def make(size: str, folder: Path, max_tiles: int = 12) -> Path:
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
     )  # fmt: skip
     video = InternVLVideoProcessor(size=square)
-    processor = InternVLProcessor(
-        images, tokenizer, video, image_seq_length=TOKENS_A_TILE, chat_template=CHAT_TEMPLATE
-    )
+    processor = InternVLProcessor(images, tokenizer, video, image_seq_length=TOKENS_A_TILE, chat_template=CHAT_TEMPLATE)
     processor.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     return partial.rename(folder)
 
 
 def never_end(model: Any) -> None:
-    """Has the model say words only, greedily: the logits of all other tokens are 0, and the largest of 150,000 random ones
-    is above that. So nothing that an engine takes for an answer's end is ever said.
+    """Has the model say words only, greedily: the logits of all other tokens are 0, and the largest of 150,000 random
+    ones is above that. So nothing that an engine takes for an answer's end is ever said.
     """
     with torch.no_grad():
         model.get_output_embeddings().weight[WORDS:] = 0

@@ -1,4 +1,4 @@
-"""Any number of distinct pictures over HTTP, from processes of their own and for little CPU.
+"""Any number of distinct pictures over HTTP, from a process of its own and for little CPU.
 
 `GET /N.jpg` is picture N of benchmarks/pictures.py: one of the JPEGs of a folder, with N in its comment.
 """
@@ -24,29 +24,24 @@ BACKLOG = 1024
 class PictureServer:
     """A server on 127.0.0.1, as a context: `folder` holds its JPEGs, which it takes in the order of their names."""
 
-    def __init__(self, folder: Path, processes: int = 2) -> None:
-        self._folder, self._count = folder, processes
-        self._processes: list[subprocess.Popen[bytes]] = []
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def __enter__(self) -> PictureServer:
-        with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listening:
+        with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listening:  # who connects early waits there
             self.port = listening.getsockname()[1]
-            for _ in range(self._count):  # they accept from one socket; who connects meanwhile waits in its backlog
-                command = [sys.executable, __file__, str(self._folder), str(listening.fileno())]
-                self._processes.append(
-                    subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()])
-                )
+            command = [sys.executable, __file__, str(self._folder), str(listening.fileno())]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()])
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._processes:
-            process.communicate()  # closes its standard input, upon which it ends
+        self._process.communicate()  # closes its standard input, upon which it ends
 
     @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
+    def pid(self) -> int:
+        return self._process.pid
 
     def url(self, number: int) -> str:
         """Of picture `number`."""
@@ -86,15 +81,16 @@ class Pictures(asyncio.Protocol):
             self._transport.close()
 
 
-async def serve(folder: Path, listening: socket.socket) -> None:
+async def serve(jpegs: list[bytes], listening: socket.socket) -> None:
     """Serves until standard input is closed, as it is when whoever started this process ends."""
-    jpegs = [cut(path.read_bytes()) for path in sorted(folder.glob("*.jpg"))]
+    parts = [cut(jpeg) for jpeg in jpegs]
     loop, done = asyncio.get_running_loop(), asyncio.Event()
-    server = await loop.create_server(lambda: Pictures(jpegs), sock=listening)
+    server = await loop.create_server(lambda: Pictures(parts), sock=listening)
     loop.add_reader(sys.stdin.fileno(), done.set)
     await done.wait()
     server.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))))
+    files = sorted(Path(sys.argv[1]).glob("*.jpg"))
+    asyncio.run(serve([file.read_bytes() for file in files], socket.socket(fileno=int(sys.argv[2]))))

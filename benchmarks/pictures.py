@@ -10,11 +10,11 @@ from PIL import Image, ImageChops
 CANVASES = 4
 QUALITY = 87
 GRAINS = {2: 0.13, 5: 0.12}
-"""Fine detail by its size in pixels: how much of a picture it is. It, and not the size, makes most of a file's bytes."""
+"""Fine detail by its size in pixels: how much of a picture it is. It is what makes most of a file's bytes."""
 
 
 def photographs(size: tuple[int, int], count: int, seed: int = 0) -> list[bytes]:
-    """`count` JPEGs of width and height `size`, no two with the same pixels: smooth fields of colour with some detail."""
+    """`count` JPEGs of width and height `size`, no two with the same pixels: smooth colours with some detail."""
     rng = Random(seed)
     canvases = [_canvas(size, rng) for _ in range(min(CANVASES, count))]
     made = []
