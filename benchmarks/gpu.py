@@ -52,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], epilog=f"Scenarios: {', '.join(SCENARIOS)}"
     )
-    parser.add_argument("scenario", nargs="*", choices=[*SCENARIOS, []], metavar="SCENARIO", help="what to measure")
+    parser.add_argument("scenario", nargs="*", metavar="SCENARIO", help="what to measure")
     parser.add_argument("--backend", choices=("turbomind", "pytorch"), default="turbomind")
     parser.add_argument("--rows", type=int, metavar="N", help="a GPU's, for ceiling and run; the loop has its share")
     parser.add_argument("--only", default=",".join(SYSTEMS), metavar="SYSTEMS", help="of ceiling,loop,run")
@@ -66,6 +66,8 @@ def main() -> int:
     told = parser.parse_args()
     if unknown := set(told.only.split(",")) - set(SYSTEMS):
         parser.error(f"--only {', '.join(unknown)}: want some of {','.join(SYSTEMS)}")
+    if unknown := set(told.scenario) - set(SCENARIOS):
+        parser.error(f"{', '.join(unknown)}: want some of {', '.join(SCENARIOS)}")
     if not told.scenario:
         if told.out is None:
             parser.error(f"name what to measure: {', '.join(SCENARIOS)}")

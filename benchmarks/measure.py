@@ -160,9 +160,11 @@ class Bench:
         if code or up is None:
             raise Failed(f"exit code {code}; its last words:\n{last_words(log)}")
         summary = json.loads((output / "summary.json").read_bytes())
-        # What the summary of an older batchvl does not tell: the run's seconds from then on, those of its end included.
-        seconds = summary.get("engine_seconds", summary["seconds"] - (up - started))
-        wait = summary.get("gpu_wait", summary["gpu_wait_seconds"] / seconds)
+        if told := "engine_seconds" in summary:
+            seconds, wait = summary["engine_seconds"], summary["gpu_wait"]
+        else:  # an older batchvl: all seconds from then on, those of the run's end included
+            seconds = summary["seconds"] - (up - started)
+            wait = summary["gpu_wait_seconds"] / seconds
         found = pq.read_table(summary["results"], columns=["row", "status", "input_tokens", "output_tokens"])
         answers = found.to_pylist()
         return self._result(
@@ -172,7 +174,7 @@ class Bench:
             wrong=sum(
                 answer["status"] != "ok" or answer["output_tokens"] != rows[answer["row"]].tokens for answer in answers
             ),
-            estimated="engine_seconds" not in summary, gpu_wait=wait,
+            estimated=not told, gpu_wait=wait,
             server_cores=serving.use(up, up + seconds).cores,
         )  # fmt: skip
 
@@ -223,7 +225,12 @@ def environment(gpus: Sequence[str]) -> dict[str, str]:
 @contextmanager
 def ended(process: subprocess.Popen[bytes], seconds: float) -> Iterator[subprocess.Popen[bytes]]:
     """The process, which is killed after so many seconds, or where nobody waits for it any more."""
-    timer = threading.Timer(seconds, process.kill)
+
+    def late() -> None:
+        print(f"killed, since it took longer than {seconds:g} s (--timeout)", file=sys.stderr)
+        process.kill()
+
+    timer = threading.Timer(seconds, late)
     timer.start()
     try:
         yield process

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import gpu, meter, scenarios
-from benchmarks.measure import Result, environment, flags, values
+from benchmarks.measure import Result, ended, environment, flags, values
 from benchmarks.meter import Meter
 from benchmarks.picture_server import PictureServer
 from benchmarks.pictures import numbered, photographs
@@ -179,6 +179,14 @@ def test_without_nvidia_smi_the_rest_is_measured(tmp_path, monkeypatch):
     use = watching.use(0, time.monotonic())
     assert use.cores is not None
     assert (use.gpu_busy, use.gpu_bytes) == (None, None)
+
+
+def test_what_takes_too_long_is_killed(capsys):
+    began, command = time.monotonic(), [sys.executable, "-c", "import time; time.sleep(60)"]
+    with ended(subprocess.Popen(command, stdout=subprocess.PIPE), 0.2) as process:
+        assert process.stdout.readline() == b""
+    assert time.monotonic() - began < 30
+    assert "longer than 0.2 s" in capsys.readouterr().err
 
 
 def result(system, rate, **more):
