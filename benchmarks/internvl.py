@@ -1,0 +1,142 @@
+"""Writes an InternVL checkpoint of a real size with random weights: for speed and memory, not for answers.
+
+    python benchmarks/internvl.py 2b /tmp/internvl-2b --max-tiles 12
+
+The folder is one of InternVLForConditionalGeneration, which LMDeploy's engines and transformers load without network.
+Sizes are those of InternVL3-2B and -8B: InternViT-300M and Qwen2.5-1.5B or -7B; tiny is for trying things out.
+
+It says words until it may not go on: an answer has exactly max_new_tokens tokens, with every engine and whatever ends
+answers by its configuration. See `never_end`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+
+VOCABULARY = 151_680
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+WORDS = VOCABULARY - len(SPECIAL) - 64
+"""Tokens that stand for text, the first of all. The last 64 stand for nothing, as in Qwen's vocabulary."""
+TILE = 448
+TOKENS_A_TILE = 256
+
+
+def _layers(hidden: int, count: int, heads: int, intermediate: int, **more: int) -> dict[str, int]:
+    sizes = {"hidden_size": hidden, "num_hidden_layers": count, "num_attention_heads": heads}
+    return {**sizes, "intermediate_size": intermediate, **more}
+
+
+_VISION = _layers(1024, 24, 16, 4096)
+SIZES = {
+    # Heads of 64 numbers, also here: TurboMind has kernels for those.
+    "tiny": (_layers(128, 2, 2, 256), _layers(128, 2, 2, 256, num_key_value_heads=2)),
+    "2b": (_VISION, _layers(1536, 28, 12, 8960, num_key_value_heads=2)),
+    "8b": (_VISION, _layers(3584, 28, 28, 18944, num_key_value_heads=4)),
+}
+"""The vision half's and the language half's layers."""
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<IMG_CONTEXT>\n"
+    "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make(size: str, folder: Path, max_tiles: int = 12) -> Path:
+    """Writes the checkpoint, on the GPU if there is one. The folder is there once it is complete, and not before.
+
+    max_tiles: of a picture, besides its thumbnail; 1 makes no tiles at all.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer = _tokenizer()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = InternVLForConditionalGeneration(_config(size, tokenizer))
+    finally:
+        torch.set_default_dtype(before)
+    never_end(model)
+    model.save_pretrained(partial)
+    square = {"height": TILE, "width": TILE}
+    images = GotOcr2ImageProcessor(
+        size=square, crop_to_patches=max_tiles > 1, min_patches=1, max_patches=max_tiles,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    )  # fmt: skip
+    video = InternVLVideoProcessor(size=square)
+    processor = InternVLProcessor(images, tokenizer, video, image_seq_length=TOKENS_A_TILE, chat_template=CHAT_TEMPLATE)
+    processor.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    return partial.rename(folder)
+
+
+def never_end(model: Any) -> None:
+    """Has the model say words only, greedily: the logits of all other tokens are 0, and the largest of 150,000 random
+    ones is above that. So nothing that an engine takes for an answer's end is ever said.
+    """
+    with torch.no_grad():
+        model.get_output_embeddings().weight[WORDS:] = 0
+
+
+def _config(size: str, tokenizer: Any) -> InternVLConfig:
+    vision, text = SIZES[size]
+    return InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            **vision, image_size=[TILE, TILE], patch_size=[14, 14], attention_bias=True, use_qk_norm=False,
+            norm_type="layer_norm", layer_scale_init_value=0.1, architectures=["InternVLVisionModel"],
+        ),
+        text_config=Qwen2Config(
+            **text, vocab_size=VOCABULARY, max_position_embeddings=32768, tie_word_embeddings=False, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            architectures=["Qwen2ForCausalLM"],
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), downsample_ratio=0.5,
+        image_seq_length=TOKENS_A_TILE, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["InternVLForConditionalGeneration"],
+    )  # fmt: skip
+
+
+def _tokenizer() -> Any:
+    """One token per byte, and placeholder words up to the vocabulary of Qwen."""
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words += [f"\u0120w{number}" for number in range(WORDS - len(words))]
+    core = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens={
+            "start_image_token": "<img>", "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+        },
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--max-tiles", type=int, default=12, help="of a picture; 1 turns tiling off")
+    told = parser.parse_args()
+    make(told.size, told.folder, told.max_tiles)
