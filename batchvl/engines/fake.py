@@ -60,7 +60,8 @@ class FakeOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """A file that stands for a hub: the newest revision, unless one is asked for, and the chat template's digest."""
     pictures: bool = True
     """Whether image workers decode pictures and hand over their thumbnails."""
-    lists_open: int = 4
+    rows: int | None = None
+    """So many in it keep it busy. [default: four lists]"""
 
 
 class FakeEngine:
@@ -92,10 +93,10 @@ class FakeEngine:
         for _ in range(self._options.forks):
             _fork_idle()
         await asyncio.sleep(self._options.start_delay)
+        size = self._spec.batch_size or 32
         return EngineInfo(
             "fake", "1", self._spec.model, "nothing",
-            revision=revision, template_sha256=template,
-            batch_size=self._spec.batch_size or 32, lists_open=self._options.lists_open,
+            revision=revision, template_sha256=template, batch_size=size, rows=self._options.rows or 4 * size,
         )  # fmt: skip
 
     async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:

@@ -58,19 +58,23 @@ class Feed:
         self._idle_no_more(time.monotonic())  # what it takes to load the model again is no wait for rows
 
     def pump(self, lingered: bool = False) -> None:
-        """Hands over lists while the engine has room; an incomplete one only after a moment's wait for more."""
+        """Hands over lists while the engine has room for them; an incomplete one only after a moment's wait for more.
+
+        What counts is rows, not lists: of a list whose rows are answered but one, only that one takes up room.
+        """
         if self._process is None or self._info is None or self._process.gone:
             return
-        rows, size, most_open = self._rows, self._info.batch_size, self._info.lists_open
+        rows, most = self._rows, self._info.rows
+        size = min(self._info.batch_size, most)
         if self._drained is not None:
             if not rows.held:
                 self._idle_no_more(time.monotonic())  # it is not rows that are missing
                 self._drained()
             return
         if self.singly and not self.answers:
-            size = most_open = 1  # was it the engine or a row? One row, from their middle, tells
+            size = most = 1  # was it the engine or a row? One row, from their middle, tells
             rows.waiting.rotate(len(rows.waiting) // 2)
-        while rows.waiting and rows.lists_open < most_open:
+        while rows.waiting and len(rows.held) + min(size, len(rows.waiting)) <= most:
             if len(rows.waiting) < size and not lingered:
                 if self._lingering is None:
                     self._lingering = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._pump_lingered)

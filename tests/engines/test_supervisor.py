@@ -341,7 +341,7 @@ LIVES_ON = (
 
 
 async def test_a_hung_process_that_cannot_be_killed_ends_the_run(engine, unkillable, said, monkeypatch):
-    async with engine(stuck_on=[3], hang_timeout=0.2, batch_size=1, lists_open=1) as e:
+    async with engine(stuck_on=[3], hang_timeout=0.2, batch_size=1, rows=1) as e:
         await e.answer(request(1))
         rows = [asyncio.create_task(e.answer(request(row))) for row in (3, 4)]
         lost = await asyncio.wait_for(asyncio.gather(*rows, return_exceptions=True), 10)
