@@ -21,6 +21,7 @@ from ..images.arena import ArenaView
 from ..images.preparation import PreparationSpec
 from ..request import Failure, Request, Response, Struct
 from .protocol import EngineInfo, EngineSpec, unheard
+from .stopwatch import Stopwatch
 
 _FOREVER = 1e6
 Seconds = Annotated[float, Meta(ge=0)]
@@ -81,7 +82,14 @@ class FakeEngine:
         self._failed_once: set[int] = set()
         self._answered = 0
         self._hung = False
+        self._lists = 0
+        self._idle = Stopwatch()
         self._kept: list[bytes] = []
+
+    @property
+    def wait_seconds(self) -> float:
+        """It computes any number of rows at once: it waits while it has none."""
+        return self._idle.seconds
 
     async def resolve(self) -> PreparationSpec | None:
         return PreparationSpec("batchvl.engines.fake_preparation:Thumbnails") if self._options.pictures else None
@@ -93,6 +101,7 @@ class FakeEngine:
         for _ in range(self._options.forks):
             _fork_idle()
         await asyncio.sleep(self._options.start_delay)
+        self._idle.set(True)
         size = self._spec.batch_size or 32
         return EngineInfo(
             "fake", "1", self._spec.model, "nothing",
@@ -101,6 +110,8 @@ class FakeEngine:
 
     async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
         """Answers in order of completion; without `delay` in the list's."""
+        self._idle.set(False)
+        self._lists += 1
         options, arrived = self._options, time.monotonic()
         for request in requests:
             if request.row in options.die_on:
@@ -122,6 +133,8 @@ class FakeEngine:
             self._kept.append(b"." * options.grow)
             self.steps += 1
             yield self._answer(request)
+        self._lists -= 1
+        self._idle.set(not self._lists)
 
     async def abort(self, row: int) -> None:
         self._aborted.add(row)

@@ -73,6 +73,11 @@ class Engine(Protocol):
         """Grows with every sign of progress, such as a token: an engine with rows whose steps stand still is hung."""
         ...
 
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds so far in which it was up and could have computed more rows than it had."""
+        ...
+
     async def resolve(self) -> PreparationSpec | None:
         """Finds the model's files, weights not loaded, and tells how its inputs are prepared; None: not at all.
 

@@ -55,7 +55,9 @@ def test_a_line_every_so_often_without_a_terminal(tmp_path, monkeypatch, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert any(line.startswith("the engine is starting") for line in lines)
     done = [
-        re.fullmatch(r"(\d+) of (\d+) rows, [\d.]+ rows/s, \d+ tokens/s, 0 failed(, [\d:]+ left)?", line)
+        re.fullmatch(
+            r"(\d+) of (\d+) rows, [\d.]+ rows/s, \d+ tokens/s, 0 failed, the engine waits \d+%(, [\d:]+ left)?", line
+        )
         for line in lines
     ]
     counts = [int(match[1]) for match in done if match]

@@ -15,6 +15,7 @@ from ...images.arena import ArenaView
 from ...images.preparation import PreparationSpec
 from ...request import Failure, Request, Response
 from ..protocol import EngineInfo, EngineSpec, unheard
+from ..stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -56,11 +57,18 @@ class TransformersEngine:
         self._waiting: dict[int, tuple[Request, Emit]] = {}  # handed in and not begun; who pops one answers for it
         self._running: set[int] = set()
         self._aborted: set[int] = set()
+        self._lists = 0
+        self._idle = Stopwatch()
 
     @property
     def steps(self) -> int:
         """Grows with every token of a batch."""
         return self._loaded.generation.steps if self._loaded else 0
+
+    @property
+    def wait_seconds(self) -> float:
+        """It waits while it has no row: to a batch that is being computed none can be added."""
+        return self._idle.seconds
 
     async def resolve(self) -> PreparationSpec:
         """Finds or downloads the model, loads its processor and tries it on a picture.
@@ -80,6 +88,7 @@ class TransformersEngine:
             self._thread, resolved.load, self._say, self._options.threads, self._options.attention
         )
         self._loaded = await loading
+        self._idle.set(True)
         return self._loaded.info
 
     async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
@@ -89,6 +98,8 @@ class TransformersEngine:
         def emit(response: Response) -> None:
             loop.call_soon_threadsafe(answers.put_nowait, response)
 
+        self._idle.set(False)
+        self._lists += 1
         for request in requests:
             self._waiting[request.row] = request, emit
         work = loop.run_in_executor(self._thread, self._answer, requests)
@@ -103,6 +114,8 @@ class TransformersEngine:
                 yield response
             await work
         finally:
+            self._lists -= 1
+            self._idle.set(not self._lists)
             for row in left:  # nobody listens any more
                 await self.abort(row)
 
