@@ -90,7 +90,7 @@ class Job:
         self._runner: Runner | None = None
         self._stopped: BatchvlError | None = None
         self._engine: EngineInfo | None = None
-        self._engine_idle, self._engine_deaths, self._engine_restarts = 0.0, 0, 0
+        self._engine_seconds, self._gpu_wait, self._engine_deaths, self._engine_restarts = 0.0, 0.0, 0, 0
         self._total: int | None = None
 
     def run(self) -> Summary:
@@ -207,7 +207,7 @@ class Job:
                 self._runner = None
                 describing.cancel()
                 await asyncio.gather(describing, return_exceptions=True)  # what it raised, the rows were told as well
-                self._engine_idle = engine.idle_seconds
+                self._engine_seconds, self._gpu_wait = engine.seconds, engine.wait_share
                 self._engine_deaths, self._engine_restarts = engine.deaths, engine.restarts
                 self.progress.spent("engine", engine.row_seconds)
         if runner.stopped is not None:
@@ -220,7 +220,7 @@ class Job:
         if info.model == self.spec.model:
             info = msgspec.structs.replace(info, model=self.options.model.model)  # "shapes", not where it lies here
         self._engine = info
-        self.progress.starting = False
+        self.progress.starting, self.progress.gpu_wait = False, lambda: engine.wait_share
         output.describe({"batchvl": __version__, "engine": msgspec.json.encode(info).decode()})
         self.progress.say(f"{info}, lists of {info.batch_size} rows")
         for note in info.notes:
@@ -291,7 +291,7 @@ class Job:
         )
         summary.engine = self._engine
         summary.engine_deaths, summary.engine_restarts = self._engine_deaths, self._engine_restarts
-        summary.gpu_wait_seconds = round(self._engine_idle, 3)
+        summary.engine_seconds, summary.gpu_wait = round(self._engine_seconds, 3), round(self._gpu_wait, 4)
         accepted = self.options.output.accept_failures
         if self.shard.count == 1 and error is None:
             try:

@@ -35,6 +35,8 @@ class Progress:
         self._spent: Counter[str] = Counter()
         self.starting = True
         """Whether the engine is not up yet."""
+        self.gpu_wait: Callable[[], float] = lambda: 0.0
+        """The share of the time in which the engine could have computed more rows than it had."""
         self._bar: tqdm[Any] | None = None
         if not quiet and sys.stderr.isatty():
             self._bar = tqdm(
@@ -116,7 +118,7 @@ class Progress:
         if self.images:
             parts.insert(0, f"{self.images / seconds:,.1f} images/s")
         failed = self._before.failures + self.committed.failures
-        return ", ".join([*parts, f"{failed:,} failed"])
+        return ", ".join([*parts, f"{failed:,} failed", f"the engine waits {self.gpu_wait():.0%}"])
 
     def _line(self) -> str:
         if self.starting:

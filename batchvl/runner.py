@@ -232,7 +232,7 @@ class Runner:
     async def _watch(self) -> None:
         """Widens the intake to what the engine holds, and lets go of stragglers that keep it waiting."""
         info = await self._engine.started()
-        room = 2 * info.lists_open * info.batch_size + self._options.fetch.fetch_concurrency
+        room = 2 * info.rows + self._options.fetch.fetch_concurrency
         for _ in range(room - ROWS_AT_LEAST):
             self._slots.release()
         while True:

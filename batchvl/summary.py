@@ -37,8 +37,10 @@ class Summary(msgspec.Struct):
     tokens_per_second: float
     mean_seconds: dict[str, float]
     """What a row spent on average in fetching, preparing, the engine, and waiting in between."""
-    gpu_wait_seconds: float
-    """For how long the engine was up and had nothing to do."""
+    engine_seconds: float
+    """For how long the engine was up, from the first rows that it was handed to its last answer."""
+    gpu_wait: float
+    """The share of these, 0 to 1, in which it could have computed more rows than it had."""
     engine_deaths: int
     engine_restarts: int
     """How often the engine was started afresh because its memory had grown."""
@@ -65,7 +67,10 @@ class Summary(msgspec.Struct):
             rates = f"{self.rows_per_second:,.1f} rows/s, {images}{self.tokens_per_second:,.0f} tokens/s"
             lines.append(f"{self.seconds:,.1f} s: {rates}")
             spent = ", ".join(f"{name} {_short(seconds)}" for name, seconds in self.mean_seconds.items())
-            lines.append(f"a row's time: {spent}; the engine had nothing to do for {self.gpu_wait_seconds:,.1f} s")
+            lines.append(f"a row's time: {spent}")
+            lines.append(
+                f"the engine waited for rows {self.gpu_wait:.1%} of the {self.engine_seconds:,.1f} s that it was up"
+            )
         if self.engine is not None:
             lines.append(str(self.engine))
         if self.engine_deaths:
@@ -105,7 +110,8 @@ def summarise(
         output_tokens=progress.output_tokens,
         tokens_per_second=round(progress.output_tokens / seconds, 3),
         mean_seconds=progress.mean_seconds(),
-        gpu_wait_seconds=0.0,
+        engine_seconds=0.0,
+        gpu_wait=0.0,
         engine_deaths=0,
         engine_restarts=0,
     )

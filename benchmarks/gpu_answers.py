@@ -238,7 +238,7 @@ def prove(told: argparse.Namespace, folder: Path) -> int:
                 amiss.append(f"ran on {engine.backend!r}")
             faults += [f"{name}: {fault}" for fault in amiss]
             ran.append(f"{name}: {engine.engine} {engine.version} on {engine.backend}, ")
-            ran[-1] += f"{engine.lists_open} lists of {engine.batch_size} rows"
+            ran[-1] += f"{engine.rows} rows in it, lists of {engine.batch_size}"
             table.append((
                 name, len(rows), f"{found.right / found.rows:.2%}", len(found.swapped), summary.failed,
                 f"{summary.seconds:.1f}", f"{summary.rows_per_second:.1f}", summary.engine_deaths,

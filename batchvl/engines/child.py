@@ -24,8 +24,8 @@ from .messages import Abort, Alive, Answers, Infer, Note, Open, Refused, Resolve
 from .protocol import Engine
 from .registry import factory
 
-ALIVE_SECONDS = 1.0
-"""How often progress is told, where there is some."""
+ALIVE_SECONDS = 0.25
+"""How often progress and waits for rows are told, where there are some."""
 
 
 async def serve(sock: socket.socket) -> int:
@@ -48,7 +48,7 @@ async def serve(sock: socket.socket) -> int:
         await inbox.get()  # the runner closes once it has read that
         return 2
     async with asyncio.TaskGroup() as lists:
-        tasks = {lists.create_task(_tell_progress(engine, channel))}
+        tasks = {lists.create_task(_tell_alive(engine, channel))}
         while True:
             match await inbox.get():
                 case Infer(requests):
@@ -79,13 +79,14 @@ async def _answer(engine: Engine, requests: list[Request], channel: Channel[ToEn
         ready.responses.append(response)
 
 
-async def _tell_progress(engine: Engine, channel: Channel[ToEngine]) -> None:
-    told = engine.steps
+async def _tell_alive(engine: Engine, channel: Channel[ToEngine]) -> None:
+    steps, waited = engine.steps, 0.0
     while True:
         await asyncio.sleep(ALIVE_SECONDS)
-        if engine.steps != told:
-            told = engine.steps
-            channel.send(Alive())
+        progress, waits = engine.steps != steps, engine.wait_seconds
+        if progress or waits != waited:
+            steps, waited = engine.steps, waits
+            channel.send(Alive(progress, waits))
 
 
 def main() -> None:

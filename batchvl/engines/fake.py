@@ -21,6 +21,7 @@ from ..images.arena import ArenaView
 from ..images.preparation import PreparationSpec
 from ..request import Failure, Request, Response, Struct
 from .protocol import EngineInfo, EngineSpec, unheard
+from .stopwatch import Stopwatch
 
 _FOREVER = 1e6
 Seconds = Annotated[float, Meta(ge=0)]
@@ -60,7 +61,8 @@ class FakeOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """A file that stands for a hub: the newest revision, unless one is asked for, and the chat template's digest."""
     pictures: bool = True
     """Whether image workers decode pictures and hand over their thumbnails."""
-    lists_open: int = 4
+    rows: int | None = None
+    """So many in it keep it busy. [default: four lists]"""
 
 
 class FakeEngine:
@@ -80,7 +82,14 @@ class FakeEngine:
         self._failed_once: set[int] = set()
         self._answered = 0
         self._hung = False
+        self._lists = 0
+        self._idle = Stopwatch()
         self._kept: list[bytes] = []
+
+    @property
+    def wait_seconds(self) -> float:
+        """It computes any number of rows at once: it waits while it has none."""
+        return self._idle.seconds
 
     async def resolve(self) -> PreparationSpec | None:
         return PreparationSpec("batchvl.engines.fake_preparation:Thumbnails") if self._options.pictures else None
@@ -92,14 +101,17 @@ class FakeEngine:
         for _ in range(self._options.forks):
             _fork_idle()
         await asyncio.sleep(self._options.start_delay)
+        self._idle.set(True)
+        size = self._spec.batch_size or 32
         return EngineInfo(
             "fake", "1", self._spec.model, "nothing",
-            revision=revision, template_sha256=template,
-            batch_size=self._spec.batch_size or 32, lists_open=self._options.lists_open,
+            revision=revision, template_sha256=template, batch_size=size, rows=self._options.rows or 4 * size,
         )  # fmt: skip
 
     async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
         """Answers in order of completion; without `delay` in the list's."""
+        self._idle.set(False)
+        self._lists += 1
         options, arrived = self._options, time.monotonic()
         for request in requests:
             if request.row in options.die_on:
@@ -121,6 +133,8 @@ class FakeEngine:
             self._kept.append(b"." * options.grow)
             self.steps += 1
             yield self._answer(request)
+        self._lists -= 1
+        self._idle.set(not self._lists)
 
     async def abort(self, row: int) -> None:
         self._aborted.add(row)

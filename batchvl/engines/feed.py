@@ -9,9 +9,11 @@ from pathlib import Path
 
 from ..options import EngineOptions
 from ..request import Response
+from .messages import Alive
 from .process import EngineProcess
 from .protocol import EngineInfo
 from .rows import Rows
+from .uptime import Uptime
 
 LINGER_SECONDS = 0.005
 """How long an incomplete list waits for more rows while the engine has room."""
@@ -30,8 +32,7 @@ class Feed:
         self.singly = False
         """Whether to hand over one row at a time, until one is answered."""
         self.answers = 0
-        self.idle_seconds = 0.0
-        """Seconds in which the engine was up and had nothing to do, between its first list and its last."""
+        self.uptime = Uptime()
         self.idle_since: float | None = None
         """When the engine ran out of rows, on the monotonic clock; None while it has some."""
 
@@ -43,8 +44,8 @@ class Feed:
     def open(self, process: EngineProcess, info: EngineInfo) -> None:
         """The process is up: it gets rows from now on."""
         self._process, self._info = process, info
-        self.alive()
-        self.idle_since = self._progress
+        self.idle_since = self._progress = time.monotonic()
+        self.uptime.up(self._progress)
         self.pump()
 
     def drain(self, then: Callable[[], None]) -> None:
@@ -54,23 +55,27 @@ class Feed:
 
     def close(self) -> None:
         """The process is gone."""
-        self._process = self._drained = None
-        self._idle_no_more(time.monotonic())  # what it takes to load the model again is no wait for rows
+        self._process = self._drained = self.idle_since = None
+        self.uptime.down(time.monotonic())
 
     def pump(self, lingered: bool = False) -> None:
-        """Hands over lists while the engine has room; an incomplete one only after a moment's wait for more."""
+        """Hands over lists while the engine has room for them; an incomplete one only after a moment's wait for more.
+
+        What counts is rows, not lists: of a list whose rows are answered but one, only that one takes up room.
+        """
         if self._process is None or self._info is None or self._process.gone:
             return
-        rows, size, most_open = self._rows, self._info.batch_size, self._info.lists_open
+        rows, most = self._rows, self._info.rows
+        size = min(self._info.batch_size, most)
         if self._drained is not None:
             if not rows.held:
-                self._idle_no_more(time.monotonic())  # it is not rows that are missing
+                self.idle_since = None  # it is not rows that are missing
                 self._drained()
             return
         if self.singly and not self.answers:
-            size = most_open = 1  # was it the engine or a row? One row, from their middle, tells
+            size = most = 1  # was it the engine or a row? One row, from their middle, tells
             rows.waiting.rotate(len(rows.waiting) // 2)
-        while rows.waiting and rows.lists_open < most_open:
+        while rows.waiting and len(rows.held) + min(size, len(rows.waiting)) <= most:
             if len(rows.waiting) < size and not lingered:
                 if self._lingering is None:
                     self._lingering = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._pump_lingered)
@@ -80,16 +85,19 @@ class Feed:
     def answered(self, responses: list[Response]) -> None:
         """Rows are back."""
         self.answers += len(responses)
-        self.alive()
+        self._progress = time.monotonic()
+        self.uptime.answered(self._progress)
         for response in responses:
             self._rows.answered(response, self._progress)
         if not self._rows.held:
             self.idle_since = self._progress
         self.pump()
 
-    def alive(self) -> None:
-        """The engine makes progress."""
-        self._progress = time.monotonic()
+    def alive(self, told: Alive) -> None:
+        """The engine makes progress, or has waited for rows."""
+        if told.progress:
+            self._progress = time.monotonic()
+        self.uptime.waited(told.wait_seconds, for_rows=self._drained is None)
 
     def abort(self, row: int) -> None:
         """Has the engine end a row that it holds; it comes back all the same."""
@@ -130,11 +138,6 @@ class Feed:
         if not requests:
             return
         if self.idle_since is not None:
-            self._idle_no_more(now)
-            self._progress = now
+            self.idle_since, self._progress = None, now
+        self.uptime.listed(now)
         process.infer(requests)
-
-    def _idle_no_more(self, now: float) -> None:
-        if self.idle_since is not None and self.answers:
-            self.idle_seconds += now - self.idle_since
-        self.idle_since = None

@@ -48,7 +48,12 @@ class Answers(Struct, frozen=True, tag="answers"):
 
 
 class Alive(Struct, frozen=True, tag="alive"):
-    """The engine has made progress since the last one."""
+    """What has changed since the last one."""
+
+    progress: bool
+    """Whether the engine's steps have grown."""
+    wait_seconds: float
+    """The engine's own count."""
 
 
 class Note(Struct, frozen=True, tag="note"):

@@ -37,11 +37,11 @@ class EngineProcess:
 
     `resolved` and `started` are futures; `died` is set once it is reaped, or was given up as `Unkillable`.
 
-    `answered` is called with each list of responses, `alive` at every sign of progress, `say` with what it has to tell.
+    `answered` is called with each list of responses, `alive` with every sign of life, `say` with what it has to tell.
     """
 
     def __init__(
-        self, answered: Callable[[list[Response]], None], alive: Callable[[], None], say: Callable[[str], None]
+        self, answered: Callable[[list[Response]], None], alive: Callable[[Alive], None], say: Callable[[str], None]
     ) -> None:
         loop = asyncio.get_running_loop()
         self.resolved: asyncio.Future[PreparationSpec | None] = loop.create_future()
@@ -121,7 +121,7 @@ class EngineProcess:
             case Answers(responses):
                 self._answered(responses)
             case Alive():
-                self._alive()
+                self._alive(message)
             case Note(text):
                 self._say(text)
             case Resolved(preparation):

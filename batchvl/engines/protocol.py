@@ -51,8 +51,8 @@ class EngineInfo(Struct, frozen=True):
     """Tokens of prompt, pictures and answer that fit."""
     batch_size: int = 32
     """Rows of a list."""
-    lists_open: int = 2
-    """How many lists keep the engine busy: while it answers one, the next lies ready."""
+    rows: int = 64
+    """So many rows in it keep the engine busy: those that it computes, and those that lie ready."""
     notes: tuple[str, ...] = ()
     """What a user should know: where the engine does other than was asked, and why."""
 
@@ -71,6 +71,11 @@ class Engine(Protocol):
     @property
     def steps(self) -> int:
         """Grows with every sign of progress, such as a token: an engine with rows whose steps stand still is hung."""
+        ...
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds so far in which it was up and could have computed more rows than it had."""
         ...
 
     async def resolve(self) -> PreparationSpec | None:

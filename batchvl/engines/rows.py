@@ -16,12 +16,12 @@ def counted(rows: int) -> str:
 
 
 class Held:
-    """A row in the engine: who waits for it, the list it went in, and its deadline on the monotonic clock."""
+    """A row in the engine: who waits for it, since when it is there, and its deadline, on the monotonic clock."""
 
-    __slots__ = ("aborted", "answer", "deadline", "members", "sent", "timed_out")
+    __slots__ = ("aborted", "answer", "deadline", "sent", "timed_out")
 
-    def __init__(self, answer: asyncio.Future[Response], members: set[int], sent: float, deadline: float) -> None:
-        self.answer, self.members, self.sent, self.deadline = answer, members, sent, deadline
+    def __init__(self, answer: asyncio.Future[Response], sent: float, deadline: float) -> None:
+        self.answer, self.sent, self.deadline = answer, sent, deadline
         self.aborted = self.timed_out = False
 
 
@@ -32,7 +32,6 @@ class Rows:
         self._timeout = timeout
         self.waiting: deque[tuple[Request, asyncio.Future[Response]]] = deque()
         self.held: dict[int, Held] = {}
-        self.lists_open = 0
         self.seconds = 0.0
         """That rows were in the engine, summed over the rows."""
 
@@ -45,14 +44,11 @@ class Rows:
     def next_list(self, size: int, now: float) -> list[Request]:
         """Up to `size` rows that wait, which are held from now on; none where nobody waits for any."""
         requests: list[Request] = []
-        members: set[int] = set()
         while self.waiting and len(requests) < size:
             request, answer = self.waiting.popleft()
             if not answer.done():
                 requests.append(request)
-                members.add(request.row)
-                self.held[request.row] = Held(answer, members, now, now + self._timeout)
-        self.lists_open += bool(requests)
+                self.held[request.row] = Held(answer, now, now + self._timeout)
         return requests
 
     def answered(self, response: Response, now: float) -> None:
@@ -61,9 +57,6 @@ class Rows:
         if row is None:
             return
         self.seconds += now - row.sent
-        row.members.discard(response.row)
-        if not row.members:
-            self.lists_open -= 1
         if row.timed_out:
             text = f"the row was longer than {self._timeout:g} s in the engine (--row-timeout)"
             response = Response(response.row, failure=Failure.of(RowTimeout(text)))
@@ -76,7 +69,6 @@ class Rows:
 
     def give_back(self, error: Exception) -> None:
         """The engine holds nothing any more: this is what became of the rows."""
-        self.lists_open = 0
         held, self.held = self.held, {}
         for row in held.values():
             if not row.answer.done():

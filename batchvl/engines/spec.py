@@ -43,8 +43,8 @@ def spec_of(options: RunOptions) -> EngineSpec:
 def key_value(option: str) -> tuple[str, Any]:
     """An --engine-option: the value as JSON where it is some, else as text.
 
-    >>> key_value("lists_open=2"), key_value("refuse=no GPU")
-    (('lists_open', 2), ('refuse', 'no GPU'))
+    >>> key_value("rows=64"), key_value("refuse=no GPU")
+    (('rows', 64), ('refuse', 'no GPU'))
     """
     key, equals, value = option.partition("=")
     if not equals or not key:

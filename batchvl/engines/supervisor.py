@@ -148,9 +148,15 @@ class SupervisedEngine:
         return self._rows.seconds
 
     @property
-    def idle_seconds(self) -> float:
-        """Seconds in which the engine was up and had nothing to do, between its first list and its last."""
-        return self._feed.idle_seconds
+    def seconds(self) -> float:
+        """Seconds in which the engine was up, from the first list to the latest answer."""
+        return self._feed.uptime.seconds
+
+    @property
+    def wait_share(self) -> float:
+        """The share of these in which it could have computed more rows than it had, 0 to 1."""
+        uptime = self._feed.uptime
+        return min(1.0, uptime.wait_seconds / uptime.seconds) if uptime.seconds else 0.0
 
     @property
     def idle_since(self) -> float | None:

@@ -120,7 +120,7 @@ def test_nothing_survives_a_runner_that_is_killed(fake, tmp_path):
 
 def test_the_guardian_needs_no_runner(tmp_path):
     """The runner is stopped, as by Ctrl-Z, when the engine is killed; it goes on when it is continued."""
-    runner, processes = start(questions(tmp_path / "m.jsonl", 20), delay=0.5, lists_open=1)
+    runner, processes = start(questions(tmp_path / "m.jsonl", 20), delay=0.5, rows=4)
     with runner:
         runner.send_signal(signal.SIGSTOP)
         processes[0].kill()

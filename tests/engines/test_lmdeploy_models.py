@@ -276,10 +276,11 @@ async def test_auto_is_pytorch_here_and_says_why():
     assert asked.notes == ()
 
 
-async def test_lists_are_open_for_a_quarter_more_rows_than_it_computes_at_once():
-    assert (await info(batch_size=4)).lists_open == 3  # 12 rows; it computes 8
+async def test_it_is_handed_a_quarter_or_a_list_more_than_it_computes_at_once():
+    assert (await info(batch_size=1)).rows == 10  # it computes 8
+    assert (await info(batch_size=4)).rows == 12
     told = await info()
-    assert (told.batch_size, told.lists_open) == (16, 2), "no more than twice what it computes: they would only wait"
+    assert (told.batch_size, told.rows) == (16, 24), "no list of more than twice what it computes: they would only wait"
     assert (told.engine, told.version.startswith("0.18")) == ("lmdeploy", True)
 
 

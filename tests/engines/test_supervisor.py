@@ -201,21 +201,40 @@ async def die(engine):
         await asyncio.sleep(0.01)
 
 
-async def test_a_process_that_loads_again_is_not_idle(engine):
+async def test_a_process_that_loads_again_does_not_wait_for_rows(engine):
     async with engine(start_delay=1.5) as e:
         await e.started()
         assert e.idle_since is not None
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.6)
         await e.answer(request(1))
-        assert e.idle_seconds == 0, "before the first list it is the intake that is slow"
-        since = time.monotonic()
-        await asyncio.sleep(0.3)
+        assert e.seconds < 0.5, "before the first list it is the intake that is slow"
+        await asyncio.sleep(0.6)
+        assert e.wait_share == 0, "of a wait after which no more rows come, nobody knows what for"
         await die(e)
-        idle, down = e.idle_seconds, e.idle_since
-        assert 0.3 <= idle <= time.monotonic() - since
-        assert down is None, "rows that wait for a retry are not what it waits for"
+        assert e.idle_since is None, "rows that wait for a retry are not what it waits for"
         await e.answer(request(2))
-        assert e.idle_seconds - idle < 0.7
+        up, waited = e.seconds, e.wait_share * e.seconds
+        assert up < 1.4, "the second start is not in it"
+        assert 0.3 < waited < up
+
+
+async def test_waits_for_rows_are_counted_from_the_first_list_to_the_last(engine):
+    async with engine(delay=0.5) as e:
+        await e.started()
+        await asyncio.sleep(0.5)
+        for row in range(3):
+            await e.answer(request(row))
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)
+        assert 2.5 <= e.seconds < 3.5, "three answers, and the time between them"
+        assert 0.8 < e.wait_share * e.seconds < 1.5, "twice half a second, and not the end's"
+
+
+async def test_an_engine_that_always_has_rows_does_not_wait(engine):
+    async with engine(delay=0.1) as e:
+        await asyncio.gather(*(e.answer(request(row)) for row in range(120)))
+        assert e.seconds > 0.6
+        assert e.wait_share < 0.3
 
 
 @pytest.fixture
@@ -341,7 +360,7 @@ LIVES_ON = (
 
 
 async def test_a_hung_process_that_cannot_be_killed_ends_the_run(engine, unkillable, said, monkeypatch):
-    async with engine(stuck_on=[3], hang_timeout=0.2, batch_size=1, lists_open=1) as e:
+    async with engine(stuck_on=[3], hang_timeout=0.2, batch_size=1, rows=1) as e:
         await e.answer(request(1))
         rows = [asyncio.create_task(e.answer(request(row))) for row in (3, 4)]
         lost = await asyncio.wait_for(asyncio.gather(*rows, return_exceptions=True), 10)

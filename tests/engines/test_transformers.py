@@ -259,6 +259,28 @@ async def test_lists_longer_than_a_batch_are_answered_whole(folders):
         assert together == await started.ask_each(*MIXED)
 
 
+async def test_short_lists_that_lie_ready_make_a_batch(folders, monkeypatch):
+    async with line(folders["internvl"], batch_size=3) as started:
+        generation = started.engine._loaded.generation
+        answer, batches = generation.answer, []
+
+        def spy(rows, *how):
+            batches.append(len(rows))
+            answer(rows, *how)
+
+        monkeypatch.setattr(generation, "answer", spy)
+        questions = [(request(row, ask("go on")), []) for row in range(1, 8)]
+        first = started.infer([(request(0, ask("a"), max_new_tokens=300), []), questions[0]])
+        assert (await anext(first)).row == 1  # so the other is being answered
+        short = [asyncio.create_task(started.ask(question)) for question in questions[1:]]
+        while len(started.engine._waiting) < 6:
+            await asyncio.sleep(0.001)
+        await started.engine.abort(0)
+        assert [response.row async for response in first] == [0]
+        assert [[response.row for response in await answered] for answered in short] == [[n] for n in range(2, 8)]
+        assert batches == [2, 3, 3]
+
+
 async def test_bfloat16_goes_through_the_arena(folders):
     async with line(folders["qwen2_5_vl"], dtype="bfloat16") as started:
         arrays = started.preparation.prepare(*MIXED[0])
@@ -273,5 +295,5 @@ async def test_info_tells_what_runs(internvl: Line):
     info = internvl.info
 
     assert (info.engine, info.backend, info.dtype, info.context) == ("transformers", "cpu", "float32", CONTEXT)
-    assert info.lists_open == 2
+    assert info.rows == 2 * info.batch_size
     assert len(info.template_sha256) == 64

@@ -124,6 +124,6 @@ def test_the_command_s_exit_code_and_summary(bad, tmp_path):
 def test_more_rows_in_backoff_than_there_is_room_for(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "ROWS_AT_LEAST", 4)
     monkeypatch.setattr(runner, "WAITING_ROWS", 4)
-    summary = run(questions(tmp_path / "m.jsonl", 60), {"flaky_every": 1, "lists_open": 1}, batch_size=2)
+    summary = run(questions(tmp_path / "m.jsonl", 60), {"flaky_every": 1, "rows": 2}, batch_size=2)
     assert (summary.ok, summary.exit_code) == (60, 0)
     assert {row["attempts"] for row in answers(summary)} == {2}

@@ -38,9 +38,7 @@ def test_an_engine_that_dies_every_so_often_convicts_nobody(after, tmp_path):
 
 
 def test_a_row_over_which_the_engine_hangs(tmp_path):
-    summary = run(
-        questions(tmp_path / "m.jsonl", 40), {"hang_on": [20], "lists_open": 1}, hang_timeout="0.6s", batch_size=2
-    )
+    summary = run(questions(tmp_path / "m.jsonl", 40), {"hang_on": [20], "rows": 2}, hang_timeout="0.6s", batch_size=2)
     check(summary, 40, 20)
     [message] = [row["error"]["message"] for row in answers(summary) if row["error"]]
     assert "no progress for 0.6 s" in message
@@ -58,7 +56,7 @@ def test_an_engine_that_always_dies_ends_the_run_and_shows_its_last_words(tmp_pa
 
 def test_an_engine_that_dies_for_good_in_the_middle_keeps_what_was_answered(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 64)
-    summary = run(manifest, {"die_on": list(range(8, 64)), "lists_open": 1}, batch_size=8)
+    summary = run(manifest, {"die_on": list(range(8, 64)), "rows": 8}, batch_size=8)
     assert (summary.exit_code, summary.ok, summary.failed) == (1, 8, 0)
     assert "5 times without an answer" in summary.message
     rest = run(manifest, batch_size=8)

@@ -36,7 +36,7 @@ def on_a_terminal(arguments) -> tuple[int, str]:
 def test_a_bar_on_a_terminal_and_then_the_summary(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 400)
     run(manifest, limit=100)
-    code, shown = on_a_terminal(command(manifest, fake={"delay": 0.05, "fail_every": 300, "lists_open": 1}))
+    code, shown = on_a_terminal(command(manifest, fake={"delay": 0.05, "fail_every": 300, "rows": 32}))
     assert code == 3
     bars = re.findall(r"\r([^\r\n]*\d+%\|[^\r\n]*)", shown)
     assert "100/400" in bars[0], "goes on where the last run was"
@@ -51,11 +51,13 @@ def test_a_line_every_so_often_without_a_terminal(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("batchvl.progress.LOG_SECONDS", 0.05)
     manifest = questions(tmp_path / "m.jsonl", 300)
     run(manifest, limit=60)
-    summary = run(manifest, {"start_delay": 0.3, "delay": 0.06, "lists_open": 1}, quiet=False)
+    summary = run(manifest, {"start_delay": 0.3, "delay": 0.06, "rows": 32}, quiet=False)
     lines = capfd.readouterr().err.splitlines()
     assert any(line.startswith("the engine is starting") for line in lines)
     done = [
-        re.fullmatch(r"(\d+) of (\d+) rows, [\d.]+ rows/s, \d+ tokens/s, 0 failed(, [\d:]+ left)?", line)
+        re.fullmatch(
+            r"(\d+) of (\d+) rows, [\d.]+ rows/s, \d+ tokens/s, 0 failed, the engine waits \d+%(, [\d:]+ left)?", line
+        )
         for line in lines
     ]
     counts = [int(match[1]) for match in done if match]

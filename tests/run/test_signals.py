@@ -64,7 +64,7 @@ class Running:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_what_is_in_the_engine_is_finished_and_the_rest_left(name, tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 1000)
-    running = Running(command(manifest, "--batch-size", "4", fake={"delay": 0.6, "lists_open": 2}))
+    running = Running(command(manifest, "--batch-size", "4", fake={"delay": 0.6, "rows": 8}))
     wait_until(lambda: journalled(tmp_path / "m-batchvl"))  # some are answered, so the next are in the engine
     running.send(signal.Signals[name])
     assert running.end() == 75, running.said
@@ -163,7 +163,7 @@ def test_ignored_signals_stay_ignored(tmp_path):
 
 def test_a_reader_that_went_away_does_not_end_the_run(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 100)
-    running = Running(command(manifest, "--batch-size", "8", fake={"delay": 0.05, "lists_open": 1}))
+    running = Running(command(manifest, "--batch-size", "8", fake={"delay": 0.05, "rows": 8}))
     running.wait_for(UP)
     assert running.process.stderr is not None
     running.process.stderr.close()  # as `2>&1 | head -1` does

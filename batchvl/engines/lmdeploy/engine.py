@@ -8,7 +8,7 @@ import os
 import re
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineLost, EngineUnavailable, OptionError
@@ -17,6 +17,7 @@ from ...images.preparation import PreparationSpec
 from ...request import Request, Response
 from ..protocol import EngineInfo, EngineSpec, unheard
 from .sampling import HOTTEST
+from .waits import Waits
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -46,12 +47,19 @@ class LmdeployEngine:
         self._tasks: set[asyncio.Task[None]] = set()  # likewise
         self._open: set[asyncio.Queue[Response | BaseException]] = set()
         self._watching: asyncio.Task[None] | None = None
+        self._waits: Waits | None = None
+        self._looking: Future[None] | None = None
         self._ticks = 0
 
     @property
     def steps(self) -> int:
         """Grows with every output of LMDeploy and every round of its scheduler."""
         return self._ticks + (self._model.steps if self._model else 0)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds in which LMDeploy had a handle free, and no row waited for memory."""
+        return self._waits.seconds if self._waits else 0.0
 
     async def resolve(self) -> PreparationSpec:
         """Finds or downloads the model and reads its configuration, template and tokenizer.
@@ -74,6 +82,8 @@ class LmdeployEngine:
         else:
             self._model = await loop.run_in_executor(self._thread, self._resolved.load)
         self._watching = loop.create_task(self._watch(self._model))
+        self._waits = Waits(self._model)
+        self._looking = asyncio.run_coroutine_threadsafe(self._waits.look(), self._model.loop)
         return self._model.info
 
     async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
@@ -106,6 +116,8 @@ class LmdeployEngine:
     async def close(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
         if self._model is not None:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._model.pipe.close)
         self._thread.shutdown(wait=False)

@@ -169,7 +169,7 @@ class Resolved:
             dtype=str(getattr(encoder, "mm_feature_dtype", None) or self._config.dtype).removeprefix("torch."),
             context=engine.session_len,
             batch_size=size,
-            lists_open=max(2, -(-rows * 5 // (4 * size))),  # a quarter more rows than it computes at once
+            rows=rows + max(-(-rows // 4), size),  # so that, with no room for another list, it has all that it computes
             notes=tuple(self._notes),
         )
 

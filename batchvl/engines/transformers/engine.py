@@ -15,6 +15,7 @@ from ...images.arena import ArenaView
 from ...images.preparation import PreparationSpec
 from ...request import Failure, Request, Response
 from ..protocol import EngineInfo, EngineSpec, unheard
+from ..stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -33,7 +34,10 @@ class TransformersOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
 
 class TransformersEngine:
-    """Answers lists of requests one list at a time, in a thread of its own; rows leave as each is done.
+    """Answers requests batch by batch, in a thread of its own; rows leave as each is done.
+
+    A full list is a batch. Rows of short lists that lie ready when a batch ends make one together: where rows come
+    slowly, each would else be a batch of its own.
 
     A request's arrays are `ProcessorPreparation`'s. Counts of tokens are of prompt and pictures, summed over the
     turns, and of the answers without their end token. An answer's bits may depend on its neighbours in the batch in
@@ -50,14 +54,21 @@ class TransformersEngine:
         self._resolved: Resolved | None = None
         self._loaded: Loaded | None = None
         self._thread = ThreadPoolExecutor(1, "transformers")
-        self._waiting: dict[int, Emit] = {}  # rows handed in and not begun; who pops one answers for it
+        self._waiting: dict[int, tuple[Request, Emit]] = {}  # handed in and not begun; who pops one answers for it
         self._running: set[int] = set()
         self._aborted: set[int] = set()
+        self._lists = 0
+        self._idle = Stopwatch()
 
     @property
     def steps(self) -> int:
         """Grows with every token of a batch."""
         return self._loaded.generation.steps if self._loaded else 0
+
+    @property
+    def wait_seconds(self) -> float:
+        """It waits while it has no row: to a batch that is being computed none can be added."""
+        return self._idle.seconds
 
     async def resolve(self) -> PreparationSpec:
         """Finds or downloads the model, loads its processor and tries it on a picture.
@@ -77,6 +88,7 @@ class TransformersEngine:
             self._thread, resolved.load, self._say, self._options.threads, self._options.attention
         )
         self._loaded = await loading
+        self._idle.set(True)
         return self._loaded.info
 
     async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
@@ -86,9 +98,11 @@ class TransformersEngine:
         def emit(response: Response) -> None:
             loop.call_soon_threadsafe(answers.put_nowait, response)
 
+        self._idle.set(False)
+        self._lists += 1
         for request in requests:
-            self._waiting[request.row] = emit
-        work = loop.run_in_executor(self._thread, self._answer, requests, emit)
+            self._waiting[request.row] = request, emit
+        work = loop.run_in_executor(self._thread, self._answer, requests)
         work.add_done_callback(lambda _: answers.put_nowait(None))  # comes after every answer: the loop keeps order
         left = {request.row for request in requests}
         try:
@@ -100,11 +114,14 @@ class TransformersEngine:
                 yield response
             await work
         finally:
+            self._lists -= 1
+            self._idle.set(not self._lists)
             for row in left:  # nobody listens any more
                 await self.abort(row)
 
     async def abort(self, row: int) -> None:
-        if emit := self._waiting.pop(row, None):
+        if waiting := self._waiting.pop(row, None):
+            _, emit = waiting
             emit(Response(row, failure=Failure.of(RowTimeout("aborted"))))
         elif row in self._running:
             self._aborted.add(row)
@@ -125,25 +142,30 @@ class TransformersEngine:
             ) from error
         return Resolved(self._spec)
 
-    def _answer(self, requests: Sequence[Request], emit: Emit) -> None:
+    def _answer(self, requests: Sequence[Request]) -> None:
+        """Batch after batch of what lies ready, until these requests are among what was answered."""
         from .conversation import Conversation, read_arrays
 
         assert self._loaded is not None, "infer before start"
         loaded = self._loaded
+        while any(request.row in self._waiting for request in requests):
+            batch = self._next_batch(loaded.info.batch_size)
+            emits = {request.row: emit for request, emit in batch}
 
-        def done(row: Conversation) -> None:
-            self._running.discard(row.request.row)
-            self._aborted.discard(row.request.row)
-            emit(row.response())
+            def done(row: Conversation, emits: dict[int, Emit] = emits) -> None:
+                self._running.discard(row.request.row)
+                self._aborted.discard(row.request.row)
+                emits[row.request.row](row.response())
 
-        size = loaded.info.batch_size
-        for at in range(0, len(requests), size):
-            mine = []
-            for request in requests[at : at + size]:
-                self._running.add(request.row)  # before it leaves `_waiting`: an abort must find it in one of them
-                if self._waiting.pop(request.row, None):
-                    mine.append(request)
-                else:
-                    self._running.discard(request.row)
-            rows = [Conversation(request, read_arrays(request, self._arena), loaded.words) for request in mine]
+            rows = [Conversation(request, read_arrays(request, self._arena), loaded.words) for request, _ in batch]
             loaded.generation.answer(rows, done, self._aborted)
+
+    def _next_batch(self, size: int) -> list[tuple[Request, Emit]]:
+        batch = []
+        for row in list(self._waiting)[:size]:
+            self._running.add(row)  # before it leaves `_waiting`: an abort must find it in one of them
+            if waiting := self._waiting.pop(row, None):
+                batch.append(waiting)
+            else:
+                self._running.discard(row)
+        return batch

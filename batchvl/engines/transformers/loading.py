@@ -80,6 +80,7 @@ class Resolved:
         context = context_length(self._config)
         generation = Generation(model, self._preparation.family, context, words.padding)
         self._try(generation, words)
+        size = self._spec.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH)
         info = EngineInfo(
             engine="transformers",
             version=f"{transformers.__version__} (torch {torch.__version__})",
@@ -89,8 +90,8 @@ class Resolved:
             template_sha256=template_sha256(self._preparation.processor),
             dtype=self._dtype,
             context=context,
-            batch_size=self._spec.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH),
-            lists_open=2,
+            batch_size=size,
+            rows=2 * size,  # while a batch is computed, the next lies ready
         )
         return Loaded(info, generation, words)
 
