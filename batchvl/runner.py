@@ -169,15 +169,18 @@ class Runner:
             fetched = await self._fetcher.fetch(row.images)
             self._progress.spent("fetch", time.monotonic() - started)
             try:
-                prepared = await self._workers.prepare(request, fetched.sources)
+                prepared = await self._workers.prepare([request], fetched.sources)
             finally:
                 fetched.release()
             self._progress.spent("prepare", prepared.seconds)
             try:
-                return await self._engine.answer(prepared.request), prepared.images
+                [ready] = prepared.requests
+                if isinstance(ready, Failure):
+                    return Response(row.number, failure=ready), prepared.images
+                return await self._engine.answer(ready), prepared.images
             finally:
-                if prepared.request.extent is not None:
-                    self._prepared.release(prepared.request.extent)
+                if prepared.extent is not None:
+                    self._prepared.release(prepared.extent)
         except RowError as error:
             return Response(row.number, failure=Failure.of(error)), _labels(row)
         except RowFailed as failed:

@@ -20,25 +20,24 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..errors import BatchvlError, PrepareFailed, RowError, TooManyPictures
 from ..lifeline import hold, tie
-from ..request import Failure, Image, Tensor
+from ..request import Failure, Image
 from ..values import parse
 from ..wire import Wire
 from .arena import ArenaView
 from .decode import decode, strict
 from .files import open_beneath
+from .layout import Layout
 from .messages import Died, Done, Failed, Fork, Grant, Job, Need, Ready, Setup, Source, ToHost, ToWorker
 from .preparation import Array, Preparation, PreparationSpec
 
 if TYPE_CHECKING:
     import PIL.Image
-
-_ALIGNMENT = 64
 
 
 def main() -> None:
@@ -148,13 +147,15 @@ def _work(
 def _answer(
     job: Job, wire: Wire[ToWorker], setup: Setup, preparation: Preparation | None, arenas: tuple[ArenaView, ArenaView]
 ) -> Done | Failed:
-    """One row: its tensors are in the arena where this returns Done."""
+    """One job: its rows' tensors are in the arena where this returns Done."""
     start = time.monotonic()
     images = [Image(source.label) for source in job.sources]
-    arrays = _prepare(job, images, setup, preparation, arenas[0])
-    if isinstance(arrays, Failure):
-        return Failed(arrays, tuple(images))
-    tensors, size = _layout(arrays)
+    prepared = _prepare(job, images, setup, preparation, arenas[0])
+    if isinstance(prepared, Failure):
+        return Failed(prepared, tuple(images))
+    layout = Layout()
+    tensors = tuple(item if isinstance(item, Failure) else layout.add(item) for item in prepared)
+    size = layout.size
     spent = time.monotonic() - start
     room = job.room
     if size and (room is None or room.length < size):
@@ -164,14 +165,14 @@ def _answer(
         room = grant.extent
     start = time.monotonic()
     if room is not None and size:
-        _write(arrays, tensors, arenas[1].at(room))
+        layout.write(arenas[1].at(room))
     return Done(tuple(images), tensors, size, spent + time.monotonic() - start)
 
 
 def _prepare(
     job: Job, images: list[Image], setup: Setup, preparation: Preparation | None, encoded: ArenaView
-) -> Mapping[str, Array] | Failure:
-    """The row's arrays, or why there are none; `images` is filled in as its pictures are read."""
+) -> list[Mapping[str, Array] | Failure] | Failure:
+    """Each row's arrays, or why there are none; `images` is filled in as the pictures are read."""
     pictures: list[PIL.Image.Image] = []
     try:
         if len(job.sources) > setup.limits.max_images:
@@ -181,14 +182,25 @@ def _prepare(
             data = _bytes(source, setup, encoded)
             picture, images[number] = decode(data, setup.limits, source.label)
             pictures.append(picture)
-        return preparation.prepare(job.request, pictures, images) if preparation is not None else {}
-    except RowError as error:
-        return Failure.of(error)
-    except MemoryError:
-        return Failure.of(PrepareFailed("the pictures need more memory than a worker has"))
     except Exception as error:
-        traceback.print_exc()
-        return Failure.of(PrepareFailed(f"{type(error).__name__}: {error}"))
+        return _failure(error)
+    prepared: list[Mapping[str, Array] | Failure] = []
+    for request in job.requests:
+        try:
+            prepared.append(preparation.prepare(request, pictures, images) if preparation is not None else {})
+        except Exception as error:
+            prepared.append(_failure(error))
+    return prepared
+
+
+def _failure(error: Exception) -> Failure:
+    match error:
+        case RowError():
+            return Failure.of(error)
+        case MemoryError():
+            return Failure.of(PrepareFailed("the pictures need more memory than a worker has"))
+    traceback.print_exception(error)
+    return Failure.of(PrepareFailed(f"{type(error).__name__}: {error}"))
 
 
 def _bytes(source: Source, setup: Setup, encoded: ArenaView) -> bytes | memoryview:
@@ -196,31 +208,6 @@ def _bytes(source: Source, setup: Setup, encoded: ArenaView) -> bytes | memoryvi
         return open_beneath(source.file.path, [Path(root) for root in setup.roots], setup.max_image_bytes)
     assert source.extent is not None
     return encoded.at(source.extent)
-
-
-def _layout(arrays: Mapping[str, Array]) -> tuple[tuple[Tensor, ...], int]:
-    """Where each array comes to lie in the row's extent, and how many bytes that takes."""
-    tensors, at = [], 0
-    for key, array in arrays.items():
-        name, _, dtype = key.partition(":")
-        if isinstance(array, bytes):
-            tensors.append(Tensor(name, "uint8", (len(array),), at))
-        else:
-            tensors.append(Tensor(name, dtype or array.dtype.name, array.shape, at))
-        at += -(-_size(array) // _ALIGNMENT) * _ALIGNMENT
-    return tuple(tensors), at
-
-
-def _write(arrays: Mapping[str, Array], tensors: tuple[Tensor, ...], into: memoryview) -> None:
-    for array, tensor in zip(arrays.values(), tensors, strict=True):
-        size = _size(array)
-        if size:
-            data: Any = array  # numpy's arrays are buffers from Python 3.12 on, as far as types tell
-            into[tensor.offset : tensor.offset + size] = memoryview(data).cast("B")
-
-
-def _size(array: Array) -> int:
-    return len(array) if isinstance(array, bytes) else array.nbytes
 
 
 def _address_space() -> int:

@@ -1,6 +1,6 @@
 """What the runner, the image workers and their host process say to each other.
 
-runner ── Job ──▶ worker      the row, where its pictures' bytes lie, and room as rows usually need it
+runner ── Job ──▶ worker      the rows, where their pictures' bytes lie, and room as rows usually need it
        ◀─ Need ──             only if that does not do: so many bytes of prepared tensors
        ── Grant ─▶            here
        ◀─ Done ──             written; or Failed, at any point
@@ -26,7 +26,9 @@ class Source(Struct, frozen=True):
 
 
 class Job(Struct, frozen=True, tag="job"):
-    request: Request
+    """Requests about the same pictures: these are read once."""
+
+    requests: tuple[Request, ...]
     sources: tuple[Source, ...]
     room: Extent | None = None
 
@@ -41,7 +43,8 @@ class Need(Struct, frozen=True, tag="need"):
 
 class Done(Struct, frozen=True, tag="done"):
     images: tuple[Image, ...]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[tuple[Tensor, ...] | Failure, ...]
+    """For each request. What is of the pictures alone lies in the extent once, and is named for each."""
     size: int
     """Bytes that the tensors take in the extent."""
     seconds: float

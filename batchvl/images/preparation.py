@@ -39,6 +39,8 @@ class Preparation(Protocol):
         tells a type that numpy lacks; its array is a view of the same width.
 
         `pictures` are RGB, in the row's order, EXIF orientation applied; `images` tell of the files that they were.
+        For several requests about the same pictures it is called with the same list, one after another: what is made
+        of them alone may be kept until another list comes, and lies in the arena once.
         Raises a `RowError`; any other exception becomes `prepare_failed`.
         """
         ...

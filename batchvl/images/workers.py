@@ -22,7 +22,7 @@ import msgspec
 from ..errors import EngineLost, EngineUnavailable, PrepareCrashed, PrepareTimeout, RowError
 from ..lifeline import Lifeline, spawn, without_secrets
 from ..options import ImageOptions
-from ..request import Failure, Image, Request, Struct
+from ..request import Extent, Failure, Image, Request, Struct
 from ..values import plain
 from ..wire import Channel
 from .arena import Arena
@@ -45,9 +45,13 @@ from .preparation import PreparationSpec
 
 
 class Prepared(Struct, frozen=True):
-    """A row ready for the engine: its request with tensors in the arena, its pictures, the seconds that it took."""
+    """Rows ready for the engine: requests with tensors in the arena, or why there is none, in the order asked.
 
-    request: Request
+    extent: holds the tensors of all of them, until it is released. seconds: that it took.
+    """
+
+    requests: tuple[Request | Failure, ...]
+    extent: Extent | None
     images: tuple[Image, ...]
     seconds: float
 
@@ -185,17 +189,17 @@ class ImageWorkers:
         elif not self._ready.cancelled():
             self._ready.exception()  # somebody may never have asked
 
-    async def prepare(self, request: Request, sources: Sequence[Source]) -> Prepared:
-        """The row's tensors in the arena. They are the caller's: it releases `request.extent`.
+    async def prepare(self, requests: Sequence[Request], sources: Sequence[Source]) -> Prepared:
+        """The tensors of rows about the same pictures in the arena. They are the caller's: it releases `extent`.
 
-        Raises RowFailed; EngineUnavailable where the engine's preparation cannot be loaded; EngineLost where the
-        workers' host process died.
+        Raises RowFailed, for all of them; EngineUnavailable where the engine's preparation cannot be loaded;
+        EngineLost where the workers' host process died.
         """
         if not self._ready.done():
             await asyncio.shield(self._ready)
         elif (error := self._ready.exception()) is not None:
             raise error
-        job = Job(request, tuple(sources))
+        job = Job(tuple(requests), tuple(sources))
         deaths = 0
         while True:
             worker = await self._next_idle()
@@ -225,7 +229,7 @@ class ImageWorkers:
         extent = self._prepared.reserve_now(self._usual) if self._usual else None
         start = time.monotonic()
         try:
-            answer = await worker.ask(Job(job.request, job.sources, extent), self._limits.prepare_timeout)
+            answer = await worker.ask(Job(job.requests, job.sources, extent), self._limits.prepare_timeout)
             if isinstance(answer, Need):
                 left = max(1.0, self._limits.prepare_timeout - (time.monotonic() - start))
                 if extent is not None:
@@ -239,13 +243,11 @@ class ImageWorkers:
                 answer = await worker.ask(Grant(extent), left)
             if isinstance(answer, Done):
                 self._usual = max(answer.size, self._usual - self._usual // 256)
+                done = None
                 if answer.size:
                     assert extent is not None
                     done, extent = self._prepared.shrink(extent, answer.size), None
-                    request = msgspec.structs.replace(job.request, extent=done, tensors=answer.tensors)
-                else:
-                    request = job.request
-                return Prepared(request, answer.images, answer.seconds)
+                return Prepared(_ready(job.requests, done, answer), done, answer.images, answer.seconds)
             assert isinstance(answer, Failed)
             raise RowFailed(answer.failure, answer.images)
         except TimeoutError:
@@ -314,6 +316,16 @@ class ImageWorkers:
         for worker in list(self._workers.values()):
             worker.ended(str(self._lost))
             self._idle.put_nowait(worker)  # wakes who waits for one
+
+
+def _ready(requests: Sequence[Request], extent: Extent | None, done: Done) -> tuple[Request | Failure, ...]:
+    """Each request with its tensors, or its failure."""
+    return tuple(
+        tensors
+        if isinstance(tensors, Failure)
+        else msgspec.structs.replace(request, extent=extent if tensors else None, tensors=tensors)
+        for request, tensors in zip(requests, done.tensors, strict=True)
+    )
 
 
 def _images(sources: Sequence[Source]) -> tuple[Image, ...]:

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from batchvl.images.decode import decode
+from batchvl.images.layout import Layout
 from batchvl.options import ImageOptions
+from batchvl.request import InlineImage, Row
 from batchvl.shapes import MODEL
 from tests.engines.in_process import picture
 from tests.engines.lmdeploy_line import CoreLine, with_core
@@ -107,6 +109,24 @@ async def test_turns(both):
     drawn = [picture(90, 40, 1), picture(28, 28, 2)]
     await same(both, ["Who?", "Why?", "Sure?"], drawn)
     await same(both, ["Who?\n<IMAGE_TOKEN>", "And <IMAGE_TOKEN>?", "\nSure?"], drawn)
+
+
+async def test_questions_about_the_same_pictures_share_their_pixels(both):
+    """As each would be prepared alone, and where the model's code allows it in the same memory."""
+    preparation, drawn = both[0].line.preparation, [picture(90, 40, 1), picture(28, 28, 2)]
+    requests = [both[0].request(Row(0, prompt=prompt, images=(InlineImage(b"", "drawn"),) * 2)) for prompt in "abc"]
+    together = [preparation.prepare(request, drawn) for request in requests]
+    alone = [preparation.prepare(request, list(drawn)) for request in requests]
+
+    assert [found.keys() for found in together] == [found.keys() for found in alone]
+    assert [found["0:float16" if "0:float16" in found else "0:float32"].tobytes() for found in together] == [
+        found["0:float16" if "0:float16" in found else "0:float32"].tobytes() for found in alone
+    ]
+    assert [found["inputs"].tobytes() for found in together] == [found["inputs"].tobytes() for found in alone]
+    layout = Layout()
+    placed = [layout.add(found) for found in together]
+    assert len({tensors[1].offset for tensors in placed}) == 1
+    assert len({tensors[0].offset for tensors in placed}) == 3
 
 
 async def test_no_pixel_is_copied_on_its_way_into_the_engine(model):

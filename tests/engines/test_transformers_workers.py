@@ -55,10 +55,10 @@ async def test_workers_prepare_what_the_engine_reads(tmp_path, log, name):
             encoded.at(extent)[:] = data.getvalue()
             sources.append([Source("drawn", extent=extent)])
         ready = await asyncio.gather(
-            *(workers.prepare(asked, files) for asked, files in zip(requests, [*sources, []], strict=True))
+            *(workers.prepare([asked], files) for asked, files in zip(requests, [*sources, []], strict=True))
         )
     await engine.start()
-    found = {response.row: response async for response in engine.infer([done.request for done in ready])}
+    found = {response.row: response async for response in engine.infer([done.requests[0] for done in ready])}
     await engine.close()
     lifeline.close()
 

@@ -6,6 +6,8 @@ import time
 
 
 class Misbehaving:
+    seen = pixels = None
+
     def prepare(self, request, pictures, images=()):
         text = request.messages[0].parts[0].text or ""
         if text == "die":
@@ -27,8 +29,9 @@ class Misbehaving:
             return {"environment": repr(sorted(os.environ)).encode()}
         if text.startswith("large "):
             return {"large": bytes(int(text.removeprefix("large ")))}
-        pixels = b"".join(picture.tobytes() for picture in pictures)
-        return {"number": request.row.to_bytes(8, "little"), "pixels": pixels}
+        if pictures is not self.seen:
+            self.seen, self.pixels = pictures, b"".join(picture.tobytes() for picture in pictures)
+        return {"number": request.row.to_bytes(8, "little"), "pixels": self.pixels}
 
 
 def broken():

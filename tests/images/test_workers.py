@@ -18,7 +18,7 @@ from batchvl.images.preparation import PreparationSpec
 from batchvl.images.workers import ImageWorkers, RowFailed
 from batchvl.lifeline import Lifeline
 from batchvl.options import ImageOptions
-from batchvl.request import FileImage, Message, Part, Request
+from batchvl.request import Failure, FileImage, Message, Part, Request
 
 BLOCK = 4096
 
@@ -39,18 +39,32 @@ class Pool:
 
     async def run(self, row, text="", colours=()):
         """One row through the pool: its own tensors, by name."""
+        [tensors], done = await self.run_all([request(row, text)], colours)
+        if isinstance(tensors, Failure):
+            raise RowFailed(tensors, done.images)
+        return tensors, done
+
+    async def run_all(self, requests, colours):
+        """Rows about the same pictures: each one's tensors, or its failure."""
         data = [picture(colour) for colour in colours]
         extents = await self.encoded.reserve([len(d) for d in data])
         for extent, d in zip(extents, data, strict=True):
             self.encoded.at(extent)[:] = d
         try:
             sources = [Source(f"picture {i}", extent=e) for i, e in enumerate(extents)]
-            done = await self.workers.prepare(request(row, text), sources)
+            done = await self.workers.prepare(requests, sources)
         finally:
             self.encoded.release(*extents)
-        view = self.prepared.at(done.request.extent)
-        tensors = {t.name: bytes(view[t.offset : t.offset + t.shape[0]]) for t in done.request.tensors}
-        self.prepared.release(done.request.extent)
+        if done.extent is None:
+            return list(done.requests), done
+        view = self.prepared.at(done.extent)
+        tensors = [
+            each
+            if isinstance(each, Failure)
+            else {t.name: bytes(view[t.offset : t.offset + t.shape[0]]) for t in each.tensors}
+            for each in done.requests
+        ]
+        self.prepared.release(done.extent)
         return tensors, done
 
 
@@ -91,13 +105,29 @@ async def test_each_row_gets_its_own_pictures(pool):
         ]  # fmt: skip
 
 
+async def test_rows_about_the_same_pictures_are_one_job(pool):
+    """The pictures are read once and lie in the arena once; a row's failure is its own."""
+    async with pool() as p:
+        (one, two, bad, three), done = await p.run_all(
+            [request(1), request(2), request(3, "raise"), request(4)], [(255, 0, 0), (0, 0, 255)]
+        )
+        pixels = Image.new("RGB", (8, 8), (255, 0, 0)).tobytes() + Image.new("RGB", (8, 8), (0, 0, 255)).tobytes()
+        assert [each["pixels"] for each in (one, two, three)] == [pixels] * 3
+        assert [int.from_bytes(each["number"], "little") for each in (one, two, three)] == [1, 2, 4]
+        assert (bad.code, bad.message) == ("prepare_failed", "RuntimeError: by order")
+        places = {each.tensors[1].offset for each in done.requests if not isinstance(each, Failure)}
+        assert len(places) == 1
+        assert done.extent.length == 3 * 64 + len(pixels)
+        assert len(done.images) == 2
+
+
 async def test_files_are_opened_by_the_worker(pool, tmp_path):
     (tmp_path / "red.png").write_bytes(picture((255, 0, 0)))
     async with pool() as p:
-        done = await p.workers.prepare(request(1), [Source("red.png", file=FileImage("red.png"))])
-        p.prepared.release(done.request.extent)
+        done = await p.workers.prepare([request(1)], [Source("red.png", file=FileImage("red.png"))])
+        p.prepared.release(done.extent)
         with pytest.raises(RowFailed) as outside:
-            await p.workers.prepare(request(1), [Source("passwd", file=FileImage("/etc/passwd"))])
+            await p.workers.prepare([request(1)], [Source("passwd", file=FileImage("/etc/passwd"))])
     assert done.images[0].bytes == len(picture((255, 0, 0)))
     assert failure(outside).code == "forbidden_path"
 
@@ -154,7 +184,7 @@ async def test_a_cancelled_row_frees_its_extents_only_once_nobody_writes(pool):
 async def test_a_preparation_that_cannot_be_loaded_is_told(pool):
     async with pool(factory="tests.images.misbehaving:broken") as p:
         with pytest.raises(EngineUnavailable, match="no such library"):
-            await p.workers.prepare(request(1), [])
+            await p.workers.prepare([request(1)], [])
 
 
 async def test_workers_see_no_secrets(pool):
@@ -228,8 +258,8 @@ async def test_many_special_tokens_do_not_hold_up_the_host(tmp_path):
             None, ImageOptions(), 1 << 20, [tmp_path], arenas, 1, lifeline, dict(os.environ), log
         ) as workers:
             await workers.load(PreparationSpec("batchvl.engines.fake_preparation:Thumbnails", special_tokens=tokens))
-            done = await workers.prepare(request(1), [])
-    assert done.request.row == 1
+            done = await workers.prepare([request(1)], [])
+    assert done.requests[0].row == 1
     lifeline.close()
     for arena in arenas:
         arena.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from ...request import Image, Request
+from ...request import Image, Message, Part, Request
 from . import pictures as plain
 from .chat import Chat, limit_tiles, picture_settings
 from .inputs import PICTURES, pack
@@ -47,6 +47,8 @@ class Preparation:
         self._encoder = self._processor.vl_encoder
         limit_tiles(architecture, self._encoder.model, max_tiles)
         self._chat = Chat(architecture, picture_settings(architecture, max_tiles))
+        self._seen: Sequence[Picture] | None = None
+        self._made: list[dict[str, Any]] = []  # of the pictures that were seen last
         self._salt = json.dumps([model, architecture, dtype, max_tiles]).encode() if fingerprints else None
 
     def prepare(
@@ -55,21 +57,42 @@ class Preparation:
         """The arrays of `inputs.pack`, of LMDeploy's inputs; or those of `Pictures`."""
         asked = [*request.messages, *request.followups]
         order = [part.image for message in asked for part in message.parts if part.image is not None]
-        if request.followups and not self._encoder.makes_pictures_alone:
+        if self._encoder.makes_pictures_alone:
+            if pictures is not self._seen:
+                self._seen, self._made = pictures, self._make(pictures, images)
+            found = [dict(self._made[number]) for number in order]
+            return pack({PICTURES: found} if request.followups else self._around(asked, found))
+        if request.followups:
             return plain.Pictures().prepare(request, pictures)
         messages = self._chat.messages(asked, pictures.__getitem__)
-        if request.followups:
-            parsed = now(self._processor.async_parse_multimodal_item(messages))
-            found = now(self._encoder.preprocess(parsed))[-1]["content"]
-            inputs = {PICTURES: found}
-        else:
-            inputs = now(self._processor.get_prompt_input(messages, do_preprocess=True))
-            found = inputs["multimodal"]
-        if self._salt is not None:
-            for item, number in zip(found, order, strict=True):
-                item["fingerprint"] = self._fingerprint(images[number])
+        inputs = now(self._processor.get_prompt_input(messages, do_preprocess=True))
+        self._mark(inputs["multimodal"], [images[number] for number in order] if images else [])
         return pack(inputs)
 
-    def _fingerprint(self, image: Image) -> bytes:
-        assert self._salt is not None
-        return hashlib.sha256(self._salt + str(image.sha256).encode()).digest()
+    def _make(self, pictures: Sequence[Picture], images: Sequence[Image]) -> list[dict[str, Any]]:
+        """What LMDeploy makes of each picture."""
+        shown = Message("user", tuple(Part(image=number) for number in range(len(pictures))))
+        parsed = self._parsed(self._chat.messages([shown], pictures.__getitem__))
+        made: list[dict[str, Any]] = now(self._encoder.preprocess(parsed))[-1]["content"]
+        self._mark(made, images)
+        return made
+
+    def _around(self, asked: Sequence[Message], pictures: list[dict[str, Any]]) -> dict[str, Any]:
+        """LMDeploy's inputs of a prompt around pictures that are made."""
+        parsed = self._parsed(self._chat.messages(asked, lambda _: PICTURES))
+        parsed.append({"role": "preprocess", "content": pictures})
+        processor = self._processor
+        inputs: dict[str, Any] = now(
+            self._encoder.wrap_for_pytorch(parsed, processor.chat_template, processor.tokenizer)
+        )
+        return inputs
+
+    def _parsed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        parsed: list[dict[str, Any]] = now(self._processor.async_parse_multimodal_item(messages))
+        return parsed
+
+    def _mark(self, made: list[dict[str, Any]], images: Sequence[Image]) -> None:
+        """Gives each picture its fingerprint."""
+        if self._salt is not None:
+            for picture, image in zip(made, images, strict=True):
+                picture["fingerprint"] = hashlib.sha256(self._salt + str(image.sha256).encode()).digest()
