@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from . import __version__
+from .ahead import Ahead
 from .engines.protocol import EngineInfo
 from .engines.registry import PRELOADS, choose
 from .engines.spec import spec_of
@@ -198,7 +199,8 @@ class Job:
             fetcher = await stack.enter_async_context(Fetcher(options.fetch, encoded))
             special = engine.preparation.special_tokens if engine.preparation else ()
             prompter = Prompter(options.prompt, options.sampling, special)
-            runner = Runner(options, prompter, fetcher, workers, engine, prepared, output, self.progress)
+            ahead = Ahead(prompter, fetcher, workers, prepared, self.progress)
+            runner = Runner(options, ahead, engine, output, self.progress)
             self._opening, self._runner = None, runner
             describing = asyncio.create_task(self._describe(engine, output))
             try:

@@ -88,6 +88,9 @@ class ImageOptions:
     max_image_pixels: Positive = option(100_000_000, "Most pixels of one picture, told by its header.", metavar="N")
     max_images: Positive = option(64, "Most pictures of one row.", metavar="N")
     prepare_timeout: Timeout = option(Timeout(60), "For decoding and preparing one row's pictures.", metavar="TIME")
+    look_ahead: Count = option(
+        4096, "Rows ahead among which those with the same pictures go together, these read once; 0: none.", metavar="N"
+    )
     image_workers: Positive | None = option(None, "Processes that prepare pictures. [default: the CPUs]", metavar="N")
     arena_bytes: Size | None = option(
         None, "Memory for fetched and prepared pictures. [default: an eighth of the memory, 256MiB to 8GiB]",

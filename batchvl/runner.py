@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 
 import tenacity
 
+from .ahead import Ahead, Ready, labels
 from .budget import Budget
 from .engines.process import EngineDied
 from .engines.supervisor import SupervisedEngine
 from .errors import BatchvlError, EngineCrashed, EngineLost, GaveUpWaiting, RowError
-from .images.arena import Arena
-from .images.fetch import Fetcher, source_label
-from .images.workers import ImageWorkers, RowFailed
+from .images.workers import RowFailed
 from .options import RunOptions
 from .output import Output, Record
 from .progress import Progress
-from .prompt import Prompter
 from .request import Failure, Image, Response, Row
+from .shared import Shared
 from .suspects import Culprit, Suspects
+from .window import together
 
 ROWS_AT_LEAST = 256
 """Rows between manifest and journal, even for an engine that holds few."""
@@ -34,18 +34,10 @@ class Runner:
     """Answers rows; every stage is open while it lives. `stop` may be called from a signal handler."""
 
     def __init__(
-        self,
-        options: RunOptions,
-        prompter: Prompter,
-        fetcher: Fetcher,
-        workers: ImageWorkers,
-        engine: SupervisedEngine,
-        prepared: Arena,
-        output: Output,
-        progress: Progress,
+        self, options: RunOptions, ahead: Ahead, engine: SupervisedEngine, output: Output, progress: Progress
     ) -> None:
-        self._options, self._prompter, self._fetcher, self._workers = options, prompter, fetcher, workers
-        self._engine, self._prepared, self._output, self._progress = engine, prepared, output, progress
+        self._options, self._ahead, self._engine = options, ahead, engine
+        self._output, self._progress = output, progress
         self._slots = asyncio.Semaphore(ROWS_AT_LEAST)
         self._inline = Budget(INLINE_BYTES)
         self._waiting = 0
@@ -66,9 +58,10 @@ class Runner:
         Returns early once stopped. Raises a BatchvlError where the run cannot go on.
         """
         watch = asyncio.create_task(self._watch())
+        groups = together(rows, self._options.image.look_ahead)
         try:
             while not self._exhausted and self.stopped is None:
-                self._exhausted = await self._phase(rows)
+                self._exhausted = await self._phase(groups)
                 while group := self._suspects.next_group():
                     await self._phase(_each(group))
         finally:
@@ -90,13 +83,13 @@ class Runner:
                     task.cancel()
         return self._engine.held
 
-    async def _phase(self, rows: AsyncIterator[Row]) -> bool:
+    async def _phase(self, groups: AsyncIterator[list[Row]]) -> bool:
         """Rows until they end, which is True, or there are too many suspects; all have come out on return."""
         self._taken_in = False
         self._gave_up.clear()
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._intake = tasks.create_task(self._take_in(rows, tasks))
+                self._intake = tasks.create_task(self._take_in(groups, tasks))
         except BaseExceptionGroup as group:
             error = _first(group)
             if self.stopped is not None and isinstance(error, EngineLost):
@@ -111,27 +104,30 @@ class Runner:
             self._engine.halved()
         return not self._intake.cancelled() and self._intake.result()
 
-    async def _take_in(self, rows: AsyncIterator[Row], tasks: asyncio.TaskGroup) -> bool:
-        async for row in rows:
+    async def _take_in(self, groups: AsyncIterator[list[Row]], tasks: asyncio.TaskGroup) -> bool:
+        async for rows in groups:
             while self._waiting >= WAITING_ROWS:  # here, not with a slot in hand, which the waiting rows need
                 self._fewer_wait.clear()
                 await self._fewer_wait.wait()
-            await self._inline.take(row.inline_bytes)
-            await self._slots.acquire()
-            self._tasks[row.number] = tasks.create_task(self._row(row))
+            for row in rows:  # a slot for each before the first begins: none waits for one with pictures in hand
+                await self._inline.take(row.inline_bytes)
+                await self._slots.acquire()
+            prepared = self._ahead.together(rows)
+            for row in rows:
+                self._tasks[row.number] = tasks.create_task(self._row(row, prepared))
             if self._suspects.full:
                 return False
         self._taken_in = True
         return True
 
-    async def _row(self, row: Row) -> None:
+    async def _row(self, row: Row, prepared: Shared[Ready]) -> None:
         """One row from the manifest to the journal. Called with a slot taken."""
         started = time.monotonic()
         attempts = 1
         slot = True
         try:
             await self._output.room()
-            response, images = await self._attempt(row)
+            response, images = await self._attempt(row, prepared)
             if _may_pass(response) and self.stopped is not None:
                 return  # the next run asks again
             if _may_pass(response) and self._options.engine.retries:
@@ -156,33 +152,21 @@ class Runner:
             self._inline.give(row.inline_bytes)
             del self._tasks[row.number]
 
-    async def _attempt(self, row: Row) -> tuple[Response, tuple[Image, ...]]:
+    async def _attempt(self, row: Row, prepared: Shared[Ready]) -> tuple[Response, tuple[Image, ...]]:
         """The way of a row, stage by stage. A failure in any of them is its response."""
         self._active += 1
         try:
             if row.failure is not None:
-                return Response(row.number, failure=row.failure), _labels(row)
-            request = self._prompter.request(row)
+                return Response(row.number, failure=row.failure), labels(row)
             if not row.images and not self._engine.prepares_text:
-                return await self._engine.answer(request), ()
-            started = time.monotonic()
-            fetched = await self._fetcher.fetch(row.images)
-            self._progress.spent("fetch", time.monotonic() - started)
-            try:
-                prepared = await self._workers.prepare([request], fetched.sources)
-            finally:
-                fetched.release()
-            self._progress.spent("prepare", prepared.seconds)
-            try:
-                [ready] = prepared.requests
+                return await self._engine.answer(self._ahead.request(row)), ()
+            async with prepared.use() as found:
+                ready = found.requests[row.number]
                 if isinstance(ready, Failure):
-                    return Response(row.number, failure=ready), prepared.images
-                return await self._engine.answer(ready), prepared.images
-            finally:
-                if prepared.extent is not None:
-                    self._prepared.release(prepared.extent)
+                    return Response(row.number, failure=ready), found.images
+                return await self._engine.answer(ready), found.images
         except RowError as error:
-            return Response(row.number, failure=Failure.of(error)), _labels(row)
+            return Response(row.number, failure=Failure.of(error)), labels(row)
         except RowFailed as failed:
             return Response(row.number, failure=failed.failure), failed.images
         finally:
@@ -209,7 +193,7 @@ class Runner:
                 return Response(row.number, failure=Failure.of(GaveUpWaiting(text))), images
             attempts += 1
             async with self._slots:
-                return await self._attempt(row)
+                return await self._attempt(row, self._ahead.together([row]))
 
         await self._wait(0.5)
         response, images = await retrying(again)
@@ -226,7 +210,7 @@ class Runner:
     def _condemn(self, culprit: Culprit) -> None:
         row, died, deaths = culprit
         failure = Failure.of(EngineCrashed(f"twice, the last time over this row alone: {died}"))
-        self._finish(_record(row, Response(row.number, failure=failure), _labels(row), deaths, 0.0))
+        self._finish(_record(row, Response(row.number, failure=failure), labels(row), deaths, 0.0))
 
     def _finish(self, record: Record) -> None:
         self._output.add(record)
@@ -247,18 +231,14 @@ class Runner:
                     self._gave_up.set()
 
 
-async def _each(rows: Iterable[Row]) -> AsyncIterator[Row]:
+async def _each(rows: Iterable[Row]) -> AsyncIterator[list[Row]]:
     for row in rows:
-        yield row
+        yield [row]
 
 
 def _may_pass(response: Response) -> bool:
     """Whether asking the engine again may help. Fetching has its own retries, at the place where they can wait."""
     return response.failure is not None and response.failure.retryable and response.failure.stage == "engine"
-
-
-def _labels(row: Row) -> tuple[Image, ...]:
-    return tuple(Image(source_label(image)) for image in row.images)
 
 
 def _record(row: Row, response: Response, images: Sequence[Image], attempts: int, seconds: float) -> Record:

@@ -9,7 +9,8 @@ import pytest
 import batchvl
 
 ELSEWHERE = {
-    f"batchvl.engines.lmdeploy.{name}" for name in ("configuration", "model")
+    f"batchvl.engines.lmdeploy.{name}"
+    for name in ("configuration", "conversation", "inputs", "model", "pixels", "preparation", "processor")
 }  # want LMDeploy, which this environment's torch is too new for
 MODULES = [
     found.name

@@ -1,0 +1,46 @@
+"""Rows that share their pictures, brought together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Hashable
+
+from .request import Row
+
+MOST_TOGETHER = 64
+"""Rows of a group: all of them are prepared before the first is answered, and the pictures stay until the last is."""
+INLINE_BYTES = 64 * 2**20
+"""Picture bytes that rows in the window may carry themselves, beside the latest row's."""
+
+
+async def together(rows: AsyncIterator[Row], size: int) -> AsyncIterator[list[Row]]:
+    """The rows in groups: those among `size` rows ahead that have the same pictures in the same order, up to
+    MOST_TOGETHER, and each of the others alone. Groups come in the order of their first rows.
+
+    size: 0 or 1 leaves the rows as they come.
+    """
+    groups: deque[tuple[Hashable, list[Row]]] = deque()
+    unfilled: dict[Hashable, list[Row]] = {}
+    ahead = carried = 0
+    async for row in rows:
+        key = _pictures(row)
+        if (group := unfilled.get(key)) is None:
+            group = unfilled[key] = []
+            groups.append((key, group))
+        group.append(row)
+        if len(group) == MOST_TOGETHER:
+            del unfilled[key]  # the next row with these pictures begins another
+        ahead, carried = ahead + 1, carried + row.inline_bytes
+        while groups and (ahead >= size or carried - row.inline_bytes > INLINE_BYTES):
+            key, group = groups.popleft()
+            if unfilled.get(key) is group:
+                del unfilled[key]
+            ahead, carried = ahead - len(group), carried - sum(row.inline_bytes for row in group)
+            yield group
+    for _, group in groups:
+        yield group
+
+
+def _pictures(row: Row) -> Hashable:
+    """What rows with the same pictures have in common."""
+    return row.images if row.images and row.failure is None else row.number
