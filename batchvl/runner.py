@@ -10,7 +10,7 @@ import tenacity
 
 from .budget import Budget
 from .engines.process import EngineDied
-from .engines.supervisor import SupervisedEngine
+from .engines.replicas import Replicas
 from .errors import BatchvlError, EngineCrashed, EngineLost, GaveUpWaiting, RowError
 from .images.arena import Arena
 from .images.fetch import Fetcher, source_label
@@ -39,7 +39,7 @@ class Runner:
         prompter: Prompter,
         fetcher: Fetcher,
         workers: ImageWorkers,
-        engine: SupervisedEngine,
+        engine: Replicas,
         prepared: Arena,
         output: Output,
         progress: Progress,
@@ -70,7 +70,8 @@ class Runner:
             while not self._exhausted and self.stopped is None:
                 self._exhausted = await self._phase(rows)
                 while group := self._suspects.next_group():
-                    await self._phase(_each(group))
+                    with self._engine.alone():
+                        await self._phase(_each(group))
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)  # what it raised, the rows were told as well
@@ -230,9 +231,9 @@ class Runner:
         self._progress.answered(record)
 
     async def _watch(self) -> None:
-        """Widens the intake to what the engine holds, and lets go of stragglers that keep it waiting."""
+        """Widens the intake to what the engines hold, and lets go of stragglers that keep it waiting."""
         info = await self._engine.started()
-        room = 2 * info.rows + self._options.fetch.fetch_concurrency
+        room = 2 * info.rows * info.replicas + self._options.fetch.fetch_concurrency
         for _ in range(room - ROWS_AT_LEAST):
             self._slots.release()
         while True:
