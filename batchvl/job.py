@@ -17,10 +17,11 @@ import msgspec
 
 from . import __version__
 from .ahead import Ahead
+from .engines.place import places
 from .engines.protocol import EngineInfo
 from .engines.registry import PRELOADS, choose
+from .engines.replicas import Replicas
 from .engines.spec import spec_of
-from .engines.supervisor import SupervisedEngine
 from .errors import BatchvlError, EngineLost, OptionError, StoppedEarly, TooManyFailures, UsageError
 from .images.arena import Arena
 from .images.fetch import Fetcher
@@ -81,6 +82,7 @@ class Job:
         self.source, self.quiet, self.shard = source, quiet, options.manifest.shard
         self.folder = Path(options.output.output or _beside(source))
         self.spec = spec_of(options)
+        self.places = places(options)
         for name in ("accept_failures", "max_failures"):
             share(getattr(options.output, name) or "0", 0, flag(name))
         for root in options.fetch.image_root:
@@ -172,7 +174,7 @@ class Job:
         """Opens every stage, runs, and closes them in turn; True once the shard is at its end."""
         options = self.options
         lifeline, environment = Lifeline(), dict(os.environ)
-        size = options.image.arena_bytes or min(max(memory() // 8, _ARENA_LEAST), _ARENA_MOST)
+        size = options.image.arena_bytes or min(max(memory() // 8, _ARENA_LEAST), _ARENA_MOST * len(self.places))
         async with AsyncExitStack() as stack:
             stack.callback(lifeline.close)
             stack.callback(asyncio.create_task(self.progress.tick()).cancel)
@@ -193,7 +195,9 @@ class Job:
             )  # fmt: skip
             log = output.folder / f"engine-{output.attempt:04d}.log"
             engine = await stack.enter_async_context(
-                SupervisedEngine(self.spec, options.engine, prepared, lifeline, environment, log, self.progress.say)
+                Replicas(
+                    self.spec, options.engine, self.places, prepared, lifeline, environment, log, self.progress.say
+                )
             )
             await workers.load(engine.preparation)
             fetcher = await stack.enter_async_context(Fetcher(options.fetch, encoded))
@@ -216,7 +220,7 @@ class Job:
             raise runner.stopped
         return True
 
-    async def _describe(self, engine: SupervisedEngine, output: Output) -> None:
+    async def _describe(self, engine: Replicas, output: Output) -> None:
         """Once the engine is up: what really runs goes into the output's metadata."""
         info = await engine.started()
         if info.model == self.spec.model:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from .errors import OptionError
-from .values import Duration, Shard, Size, Timeout, parse, plain, wanted
+from .values import Duration, Gpus, Shard, Size, Timeout, parse, plain, wanted
 
 DEFAULT_MODEL = "OpenGVLab/InternVL-Chat-V1-5"
 
@@ -93,7 +93,7 @@ class ImageOptions:
     )
     image_workers: Positive | None = option(None, "Processes that prepare pictures. [default: the CPUs]", metavar="N")
     arena_bytes: Size | None = option(
-        None, "Memory for fetched and prepared pictures. [default: an eighth of the memory, 256MiB to 8GiB]",
+        None, "Memory for fetched and prepared pictures. [default: an eighth of the memory, 256MiB to 8GiB an engine]",
         metavar="SIZE",
     )  # fmt: skip
 
@@ -136,6 +136,10 @@ class EngineOptions:
 
     engine: Literal["auto", "lmdeploy", "transformers", "fake"] = option("auto", "What runs the model.", meaning=True)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    gpus: Gpus = option(
+        Gpus(1), "One engine a GPU, or one for every --tp of them, on so many GPUs; they share the rows.",
+        metavar="N|all",
+    )  # fmt: skip
     batch_size: Annotated[int, Meta(ge=1, le=65536)] | None = option(
         None, "Rows of a list that the engine is handed. [default: the engine's]", metavar="N"
     )
@@ -147,7 +151,7 @@ class EngineOptions:
     start_timeout: Timeout = option(Timeout(3600), "For loading the model.", metavar="TIME")
     engine_memory: Size | None = option(
         None,
-        "Memory of the engine's processes at which they are started afresh. [default: 3/4 of the memory]",
+        "Memory of one engine's processes at which they are started afresh. [default: 3/4 of its part of the memory]",
         metavar="SIZE",
     )
     retries: Count = option(2, "Times that a row is asked again after a failure that may pass.", metavar="N")

@@ -11,7 +11,7 @@ import tenacity
 from .ahead import Ahead, Ready, labels
 from .budget import Budget
 from .engines.process import EngineDied
-from .engines.supervisor import SupervisedEngine
+from .engines.replicas import Replicas
 from .errors import BatchvlError, EngineCrashed, EngineLost, GaveUpWaiting, RowError
 from .images.workers import RowFailed
 from .options import RunOptions
@@ -33,9 +33,7 @@ WAITING_ROWS = 4096
 class Runner:
     """Answers rows; every stage is open while it lives. `stop` may be called from a signal handler."""
 
-    def __init__(
-        self, options: RunOptions, ahead: Ahead, engine: SupervisedEngine, output: Output, progress: Progress
-    ) -> None:
+    def __init__(self, options: RunOptions, ahead: Ahead, engine: Replicas, output: Output, progress: Progress) -> None:
         self._options, self._ahead, self._engine = options, ahead, engine
         self._output, self._progress = output, progress
         self._slots = asyncio.Semaphore(ROWS_AT_LEAST)
@@ -63,7 +61,8 @@ class Runner:
             while not self._exhausted and self.stopped is None:
                 self._exhausted = await self._phase(groups)
                 while group := self._suspects.next_group():
-                    await self._phase(_each(group))
+                    with self._engine.alone():
+                        await self._phase(_each(group))
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)  # what it raised, the rows were told as well
@@ -217,9 +216,9 @@ class Runner:
         self._progress.answered(record)
 
     async def _watch(self) -> None:
-        """Widens the intake to what the engine holds, and lets go of stragglers that keep it waiting."""
+        """Widens the intake to what the engines hold, and lets go of stragglers that keep it waiting."""
         info = await self._engine.started()
-        room = 2 * info.rows + self._options.fetch.fetch_concurrency
+        room = 2 * info.rows * info.replicas + self._options.fetch.fetch_concurrency
         for _ in range(room - ROWS_AT_LEAST):
             self._slots.release()
         while True:

@@ -13,7 +13,22 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0,
 
 
 _LARGEST = 2**50
+_MOST_GPUS = 64
 _LONGEST = 366 * 86400.0
+
+
+class Gpus(int):
+    """A number of GPUs, written as such or as all; 0 is all."""
+
+    @classmethod
+    def parse(cls, value: Any) -> Gpus:
+        text = str(value).strip().lower()
+        if text != "all" and not (text.isdecimal() and 1 <= int(text) <= _MOST_GPUS):
+            raise ValueError(f"{value!r} is no number of GPUs: want 1, 2, … or all")
+        return cls(0 if text == "all" else text)
+
+    def __str__(self) -> str:
+        return str(int(self)) if self else "all"
 
 
 class Size(int):

@@ -61,10 +61,10 @@ class Unkillable(EngineDied):
 
 
 class Deaths:
-    """The deaths of an engine's processes: counted and told, until one is the last."""
+    """The deaths of one engine's processes: counted and told, until one is the last. name: the engine's, for people."""
 
-    def __init__(self, say: Callable[[str], None], log: Path) -> None:
-        self._say, self._log = say, log
+    def __init__(self, name: str, say: Callable[[str], None], log: Path) -> None:
+        self._name, self._say, self._log = name, say, log
         self._told: set[str] = set()
         self.count = 0
         self._in_vain = self._refusals = 0
@@ -80,13 +80,13 @@ class Deaths:
     def add(self, died: EngineDied, answers: int, held: int | None) -> None:
         """Counts a death. Raises EngineLost where it was the last.
 
-        answers: how many the run has. held: rows that died with it, None before it was up.
+        answers: how many the run has, whoever gave them. held: rows that died with it, None before it was up.
         """
         self.count += 1
         self._in_vain += 1
         refused = isinstance(died, Refused)
         self._refusals += refused
-        told = f"the engine {died.how}"
+        told = f"{self._name} {died.how}"
         if not refused:
             told += " while it was starting" if held is None else f" with {counted(held)} in it"
         lost = ""

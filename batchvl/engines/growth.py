@@ -19,13 +19,16 @@ _LEAST_GAIN = 1.25
 class MemoryLimit:
     """The limit of `--engine-memory`, in bytes, lifted where a new process would soon be where the old one was.
 
-    `say` is told when that is so, once of each cause.
+    `say` is told when that is so, once of each cause. The memory there is, each of the replicas has its part of.
     """
 
-    def __init__(self, asked: int | None, say: Callable[[str], None]) -> None:
-        self._asked = asked if asked is not None else memory() * 3 // 4
+    def __init__(
+        self, asked: int | None, say: Callable[[str], None], name: str = "the engine", replicas: int = 1
+    ) -> None:
+        self._memory = memory() // replicas
+        self._asked = asked if asked is not None else self._memory * 3 // 4
         self.bytes = self._asked
-        self._say = say
+        self._say, self._name = say, name
         self._told: set[str] = set()
         self._settled = 0.0
 
@@ -40,7 +43,7 @@ class MemoryLimit:
         """Whether a process that holds so much is to be replaced. Not where that comes too soon."""
         if held <= self.bytes:
             return False
-        if time.monotonic() >= self._settled or held > _MOST * memory():
+        if time.monotonic() >= self._settled or held > _MOST * self._memory:
             return True
         self._lift(held, "soon after its start")
         return False
@@ -50,7 +53,7 @@ class MemoryLimit:
         if when not in self._told:
             self._told.add(when)
             self._say(
-                f"note: the engine holds {amount(held)} of memory {when}: it is started afresh at "
+                f"note: {self._name} holds {amount(held)} of memory {when}: it is started afresh at "
                 f"{amount(self.bytes)}, not at {amount(self._asked)} (--engine-memory)"
             )
 

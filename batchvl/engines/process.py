@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import errors
 from ..images.arena import Arena
@@ -22,7 +23,7 @@ from .family import end_group, memory_of, state_of
 from .messages import Abort, Alive, Answers, FromEngine, Infer, Note, Open, Refused, Resolved, Started
 from .protocol import EngineInfo, EngineSpec
 
-__all__ = ["EngineDied", "EngineProcess"]
+__all__ = ["EngineDied", "EngineProcess", "Surroundings"]
 
 LEAVE_SECONDS = 10.0
 """How long a process may live on whose socket is closed, by whichever side, before it is killed."""
@@ -30,6 +31,15 @@ UNKILLABLE_SECONDS = 60.0
 """How long a killed process may live on, stuck in the kernel, before nobody waits for it any more."""
 _LOOK_SECONDS = 0.005
 """How often an end that must come is looked for."""
+
+
+class Surroundings(NamedTuple):
+    """What an engine's processes find around them: prepared tensors, the runner, an environment, and a log."""
+
+    arena: Arena
+    lifeline: Lifeline
+    environment: Mapping[str, str]
+    log: Path
 
 
 class EngineProcess:
@@ -59,10 +69,9 @@ class EngineProcess:
         self.gone = False
         """Whether nothing can be told to it any more."""
 
-    async def open(
-        self, spec: EngineSpec, arena: Arena, lifeline: Lifeline, environment: Mapping[str, str], log: Path
-    ) -> None:
-        """Starts the process; its output is appended to `log`."""
+    async def open(self, spec: EngineSpec, surroundings: Surroundings) -> None:
+        """Starts the process; its output is appended to the log."""
+        arena, lifeline, environment, log = surroundings
         ours, theirs = socket.socketpair()
         with theirs, open(log, "ab") as file:  # noqa: ASYNC230 - once a process
             self._witness = Witness(spec.engine, log, file.tell())

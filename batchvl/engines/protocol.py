@@ -53,11 +53,14 @@ class EngineInfo(Struct, frozen=True):
     """Rows of a list."""
     rows: int = 64
     """So many rows in it keep the engine busy: those that it computes, and those that lie ready."""
+    replicas: int = 1
+    """How many of them share the run's rows, each with GPUs of its own."""
     notes: tuple[str, ...] = ()
     """What a user should know: where the engine does other than was asked, and why."""
 
     def __str__(self) -> str:
         where = f" on {self.backend}" if self.backend else ""
+        where += f", {self.replicas} replicas" if self.replicas > 1 else ""
         return f"{self.engine} {self.version}: {self.model}{where}"
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import importlib
 import importlib.util
-import os
 from collections.abc import Mapping
 
 from ..errors import EngineUnavailable
+from .place import visible
 from .protocol import EngineFactory
 
 ENGINES: Mapping[str, str] = {
@@ -32,7 +31,7 @@ def choose(name: str, device: str = "auto") -> str:
     """
     if name != "auto":
         return name
-    if not _missing("lmdeploy", "torch") and device != "cpu" and _has_gpu():
+    if not _missing("lmdeploy", "torch") and device != "cpu" and visible():
         return "lmdeploy"
     if not (missing := _missing("torch", "transformers")):
         return "transformers"
@@ -46,13 +45,6 @@ def choose(name: str, device: str = "auto") -> str:
 
 def _missing(*libraries: str) -> list[str]:
     return [library for library in libraries if importlib.util.find_spec(library) is None]
-
-
-def _has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU to see, without the libraries that could use it."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
-        return False
-    return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/dxg")  # the latter is Windows' subsystem
 
 
 def factory(name: str) -> EngineFactory:

@@ -1,13 +1,15 @@
-"""The rows of one engine: those that wait to go in and those that are in it, with who waits for each, and how long."""
+"""The rows that one engine holds: who waits for each, and how long."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..errors import RowTimeout
 from ..request import Failure, Request, Response
+
+Waiting = tuple[Request, asyncio.Future[Response]]
+"""A row on its way into an engine, and its answer."""
 
 
 def counted(rows: int) -> str:
@@ -26,30 +28,18 @@ class Held:
 
 
 class Rows:
-    """`waiting` go in, in lists, and are `held` until they are answered; by number. Times are passed in."""
+    """Rows are `held` from when the engine is handed them until they are answered; by number. Times are passed in."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self.waiting: deque[tuple[Request, asyncio.Future[Response]]] = deque()
         self.held: dict[int, Held] = {}
         self.seconds = 0.0
         """That rows were in the engine, summed over the rows."""
 
-    def add(self, request: Request) -> asyncio.Future[Response]:
-        """A row that waits from now on, and its answer."""
-        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        self.waiting.append((request, answer))
-        return answer
-
-    def next_list(self, size: int, now: float) -> list[Request]:
-        """Up to `size` rows that wait, which are held from now on; none where nobody waits for any."""
-        requests: list[Request] = []
-        while self.waiting and len(requests) < size:
-            request, answer = self.waiting.popleft()
-            if not answer.done():
-                requests.append(request)
-                self.held[request.row] = Held(answer, now, now + self._timeout)
-        return requests
+    def hold(self, rows: Sequence[Waiting], now: float) -> None:
+        """These are in the engine from now on."""
+        for request, answer in rows:
+            self.held[request.row] = Held(answer, now, now + self._timeout)
 
     def answered(self, response: Response, now: float) -> None:
         """A held row's response; one that comes after the row's deadline is a failure."""
@@ -73,12 +63,3 @@ class Rows:
         for row in held.values():
             if not row.answer.done():
                 row.answer.set_exception(error)
-
-    def release(self, error: Exception) -> None:
-        """As `give_back`, for the rows that wait as well."""
-        self.give_back(error)
-        waiting = [answer for _, answer in self.waiting]
-        self.waiting.clear()
-        for answer in waiting:
-            if not answer.done():
-                answer.set_exception(error)

@@ -151,7 +151,8 @@ class Output:
             return
         out, name = shard.path.parent, f"{self.attempt:04d}"
         if not logs:
-            for path in (shard.path / f"attempt-{name}.json", *shard.path.glob(f"*-{name}.log")):
+            replicas = shard.path.glob(f"engine-{name}-*.log")
+            for path in (shard.path / f"attempt-{name}.json", *shard.path.glob(f"*-{name}.log"), *replicas):
                 path.unlink(missing_ok=True)
             if {path.name for path in shard.path.iterdir()} <= {"lock"}:
                 (shard.path / "lock").unlink(missing_ok=True)

@@ -11,8 +11,10 @@ from typing import Any
 import psutil
 
 from batchvl.engines.guardian import NAME
+from batchvl.engines.place import Place
+from batchvl.engines.process import EngineProcess
 from batchvl.engines.protocol import EngineSpec
-from batchvl.engines.supervisor import SupervisedEngine
+from batchvl.engines.replicas import Replicas
 from batchvl.images.arena import Arena
 from batchvl.lifeline import Lifeline
 from batchvl.options import EngineOptions
@@ -34,19 +36,28 @@ async def supervised(
     hang_timeout: float = 300.0,
     row_timeout: float = 300.0,
     engine_memory: int | None = None,
+    replicas: int = 1,
     **fake: Any,
-) -> AsyncIterator[SupervisedEngine]:
-    """An engine that behaves as `fake` says; what it tells people is appended to `said`."""
+) -> AsyncIterator[Replicas]:
+    """Engines that behave as `fake` says; what they tell people is appended to `said`."""
     arena, lifeline = Arena(8, 4096), Lifeline()
     spec = EngineSpec("fake", batch_size=batch_size, options={"pictures": False, **fake})
     options = EngineOptions(hang_timeout=hang_timeout, row_timeout=row_timeout, engine_memory=engine_memory)
     say = said.append if said is not None else lambda line: None
     try:
-        async with SupervisedEngine(spec, options, arena, lifeline, dict(os.environ), log, say) as engine:
+        places = [Place((number,)) for number in range(replicas)]
+        async with Replicas(spec, options, places, arena, lifeline, dict(os.environ), log, say) as engine:
             yield engine
     finally:
         lifeline.close()
         arena.close()
+
+
+def process_of(engine: Replicas, replica: int = 0) -> EngineProcess:
+    """The process that a replica has at present."""
+    found = engine._replicas[replica]._process
+    assert found is not None
+    return found
 
 
 def group(leader: int) -> list[psutil.Process]:

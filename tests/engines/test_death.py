@@ -70,7 +70,7 @@ def test_the_kernels_count(tmp_path):
 
 def test_a_refusal_before_the_first_answer_is_no_configuration_error(tmp_path):
     said, refused = [], Refused(EngineUnavailable("no memory\nadvice"))
-    deaths = Deaths(said.append, tmp_path / "log")
+    deaths = Deaths("the engine", said.append, tmp_path / "log")
     deaths.add(EngineDied("it died", "died"), 0, 0)
     for pause in (15, 30, 60):
         deaths.add(refused, 0, None)

@@ -12,7 +12,7 @@ import pytest
 
 from batchvl.engines import family
 from batchvl.engines.process import EngineDied
-from tests.engines.supervised import group, is_guardian, request, supervised
+from tests.engines.supervised import group, is_guardian, process_of, request, supervised
 from tests.run.running import alive, children, command, environment, questions, wait_until
 
 MIB = 2**20
@@ -29,7 +29,7 @@ async def end_of(processes):
 async def up(engine, forks):
     """The engine's processes once it is up: itself, its forks, its guardian."""
     await engine.started()
-    while not any(map(is_guardian, found := group(engine._process.pid))):
+    while not any(map(is_guardian, found := group(process_of(engine).pid))):
         await asyncio.sleep(0.01)
     assert len(found) == forks + 2
     return found
@@ -39,7 +39,7 @@ async def test_forks_end_when_the_engine_alone_is_killed(tmp_path):
     async with supervised(tmp_path / "log", forks=2) as engine:
         await engine.answer(request(0))
         before = await up(engine, 2)
-        os.kill(engine._process.pid, signal.SIGKILL)  # the forks hold the socket: no end of it tells of the death
+        os.kill(process_of(engine).pid, signal.SIGKILL)  # the forks hold the socket: no end of it tells of the death
         await end_of(before)
         assert (await engine.answer(request(1))).texts == ("row 1",)
         assert engine.deaths == 1

@@ -9,7 +9,7 @@ from batchvl.engines import growth
 from batchvl.engines.growth import MemoryLimit, amount
 from batchvl.engines.process import EngineDied, EngineProcess
 from batchvl.resources import memory
-from tests.engines.supervised import request, supervised
+from tests.engines.supervised import process_of, request, supervised
 from tests.run.running import children, questions, responses, run
 
 MIB = 2**20
@@ -17,7 +17,7 @@ MIB = 2**20
 
 @pytest.fixture
 def watched(monkeypatch):
-    monkeypatch.setattr("batchvl.engines.supervisor.MEMORY_SECONDS", 0.02)
+    monkeypatch.setattr("batchvl.engines.replica.MEMORY_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ async def test_memory_of_forks_counts(asked, tmp_path):
     async with supervised(tmp_path / "alone") as alone, supervised(tmp_path / "log", forks=3) as engine:
         await alone.started()
         await engine.started()
-        assert await engine._process.memory() > 2 * await alone._process.memory()
+        assert await process_of(engine).memory() > 2 * await process_of(alone).memory()
 
 
 async def test_a_restart_must_gain_something(asked, tmp_path):
@@ -79,7 +79,7 @@ async def test_a_row_past_its_time_does_not_hold_up_the_restart(asked, tmp_path)
 
 
 async def test_a_hang_while_it_waits_is_a_death(asked, tmp_path, monkeypatch):
-    monkeypatch.setattr("batchvl.engines.supervisor.MEMORY_SECONDS", 0.3)
+    monkeypatch.setattr("batchvl.engines.replica.MEMORY_SECONDS", 0.3)
     said, hang = [], {"hang_on": [3], "hang_timeout": 0.9, "batch_size": 1}
     async with supervised(tmp_path / "log", said, grow=80 * MIB, engine_memory=60 * MIB, **hang) as engine:
         await engine.answer(request(1))
@@ -93,7 +93,7 @@ async def test_a_hang_while_it_waits_is_a_death(asked, tmp_path, monkeypatch):
 async def test_the_run_may_end_while_the_engine_is_replaced(asked, tmp_path):
     async with supervised(tmp_path / "log", grow=80 * MIB, engine_memory=60 * MIB) as engine:
         await engine.answer(request(1))
-        while engine._closing is None:
+        while engine._replicas[0]._closing is None:
             await asyncio.sleep(0)
     assert not children()
 
@@ -101,7 +101,7 @@ async def test_the_run_may_end_while_the_engine_is_replaced(asked, tmp_path):
 async def test_a_kill_while_the_engine_is_replaced_is_final(asked, tmp_path):
     async with supervised(tmp_path / "log", grow=80 * MIB, engine_memory=60 * MIB) as engine:
         await engine.answer(request(1))
-        while engine._closing is None:
+        while engine._replicas[0]._closing is None:
             await asyncio.sleep(0)
         waiting = asyncio.create_task(engine.answer(request(2)))
         await asyncio.sleep(0)

@@ -88,15 +88,20 @@ class Run:
         """How many rows have the true answers."""
         return sum((row["responses"] or [row["response"]]) == self.truth[row["row"]] for row in self.rows())
 
-    def engine(self, seconds: float = 60) -> psutil.Process:
+    def engine(self) -> psutil.Process:
         """The engine's process, once it is there."""
+        return self.engines(1)[0]
+
+    def engines(self, count: int, seconds: float = 60) -> list[psutil.Process]:
+        """The engines' processes, once there are so many."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                if "batchvl.engines.child" in child.cmdline():
-                    return child
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            found = [child for child in children if "batchvl.engines.child" in child.cmdline()]
+            if len(found) >= count:
+                return found
             time.sleep(0.2)
-        raise AssertionError("no engine's process")
+        raise AssertionError(f"no {count} engine processes")
 
 
 def questions(path: Path, rows: int, **columns: Any) -> Path:
@@ -249,6 +254,23 @@ def test_two_gpus_share_a_model(tmp_path: Path, options: tuple[str, ...]) -> Non
     assert run.code == 3
     assert run.right() == len(GOOD)
     assert "x 2" in run.summary["engine"]["backend"]
+
+
+@pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+def test_two_gpus_have_an_engine_each_and_one_dies(tmp_path: Path, backend: str) -> None:
+    manifest = questions(tmp_path / "m.jsonl", 600)
+    options = ("--model", "shapes", "--gpus", "all", "--backend", backend, *SMALL)
+    run = Run(tmp_path / "out", *options, manifest=manifest)
+    run.says("2 replicas, lists of")
+    first, second = run.engines(2)
+    assert {process.environ()["CUDA_VISIBLE_DEVICES"] for process in (first, second)} == {"0", "1"}
+    second.send_signal(signal.SIGKILL)
+    run.wait()
+    assert run.code == 0
+    assert run.right() == 600
+    assert run.summary["engine"]["replicas"] == 2
+    assert run.summary["engine_deaths"] == 1
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])

@@ -1,4 +1,4 @@
-"""The supervised engine against a real child process that dies, hangs, refuses and delays to order."""
+"""An engine that is kept alive, against a real child process that dies, hangs, refuses and delays to order."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import pytest
 from batchvl.engines import death, process
 from batchvl.engines.process import EngineDied, Unkillable
 from batchvl.errors import EngineLost, EngineUnavailable, OptionError
-from tests.engines.supervised import request, supervised
+from tests.engines.supervised import process_of, request, supervised
 from tests.run.running import children, wait_until
 
 
@@ -121,7 +121,7 @@ async def test_cancelling_a_row_waits_until_the_engine_lets_go(engine):
 async def test_killed_from_outside_it_comes_back_and_tells(engine, tmp_path, said):
     async with engine() as e:
         await e.answer(request(1))
-        os.kill(e._process.pid, signal.SIGKILL)
+        os.kill(process_of(e).pid, signal.SIGKILL)
         while not e.deaths:
             await asyncio.sleep(0.01)
         assert (await e.answer(request(2))).texts == ("row 2",)
@@ -135,7 +135,7 @@ async def test_killed_from_outside_it_comes_back_and_tells(engine, tmp_path, sai
 
 async def test_a_death_before_it_is_up_is_told_as_one(engine, said):
     async with engine(start_delay=60) as e:
-        os.kill(e._process.pid, signal.SIGSEGV)
+        os.kill(process_of(e).pid, signal.SIGSEGV)
         while not e.deaths:
             await asyncio.sleep(0.01)
     assert said[0] == "the engine was killed by SIGSEGV while it was starting; it is started again"
@@ -144,7 +144,7 @@ async def test_a_death_before_it_is_up_is_told_as_one(engine, said):
 async def test_no_process_outlives_the_engine(engine):
     async with engine(delay=60) as e:
         await e.started()
-        pid = e._process.pid
+        pid = process_of(e).pid
         task = asyncio.create_task(e.answer(request(1)))
         await asyncio.sleep(0.1)
         assert not task.done()
@@ -172,7 +172,7 @@ async def test_a_process_that_cannot_be_started_again_ends_it_with_the_reason(en
 async def test_a_hung_process_that_dies_by_itself_is_one_death(engine, monkeypatch):
     async with engine(hang_on=[3], hang_timeout=0.6) as e:
         await e.answer(request(1))
-        monkeypatch.setattr(type(e._process), "dump_stacks", lambda process: process._process.kill())
+        monkeypatch.setattr(type(process_of(e)), "dump_stacks", lambda process: process._process.kill())
         with pytest.raises(EngineDied):
             await e.answer(request(3))
         assert (await e.answer(request(4))).texts == ("row 4",)
@@ -196,7 +196,7 @@ async def test_after_a_kill_nobody_waits(engine):
 async def die(engine):
     """Has the process die, and waits until that is known."""
     deaths = engine.deaths
-    os.kill(engine._process.pid, signal.SIGKILL)
+    os.kill(process_of(engine).pid, signal.SIGKILL)
     while engine.deaths == deaths:
         await asyncio.sleep(0.01)
 
@@ -257,7 +257,7 @@ async def test_a_process_started_again_is_of_the_same_revision(engine, hub):
 async def test_another_model_answers_no_rows(now, engine, hub):
     async with engine(hub=str(hub)) as e:
         await e.answer(request(1))
-        e._spec = msgspec.structs.replace(e._spec, revision=None)  # as for an engine that does not heed it
+        e._pin.spec = msgspec.structs.replace(e._pin.spec, revision=None)  # as for an engine that does not heed it
         hub.write_text(now)
         await die(e)
         with pytest.raises(EngineLost, match=r"the model has changed .* rows would be answered by another model"):
@@ -368,7 +368,7 @@ async def test_a_hung_process_that_cannot_be_killed_ends_the_run(engine, unkilla
         assert re.match(LIVES_ON, str(lost[0]))
         with pytest.raises(EngineLost, match="cannot be killed"):
             await e.answer(request(5))
-        assert e._process._process.poll() is None
+        assert process_of(e)._process.poll() is None
         monkeypatch.setattr(process, "UNKILLABLE_SECONDS", 60)
         since = time.monotonic()
     assert time.monotonic() - since < 10, "nothing waits for it any more"
@@ -403,10 +403,10 @@ async def test_a_process_of_its_group_that_cannot_be_killed_ends_the_run(engine,
     monkeypatch.setattr(process, "end_group", lambda leader: os.getpid())
     async with engine() as e:
         await e.answer(request(1))
-        os.kill(e._process.pid, signal.SIGKILL)
+        os.kill(process_of(e).pid, signal.SIGKILL)
         with pytest.raises(EngineLost, match=f"the engine process {os.getpid()} cannot be killed: it is in state"):
             await asyncio.wait_for(e.answer(request(2)), 10)
-        e._process._process.wait()
+        process_of(e)._process.wait()
 
 
 async def test_a_killed_process_whose_socket_stays_open_is_replaced(engine, monkeypatch):
