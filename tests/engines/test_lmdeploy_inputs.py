@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from lmdeploy.vl.constants import Modality
 
-from batchvl.engines.lmdeploy.inputs import pack, unpack
 from batchvl.images.arena import Arena
 from batchvl.request import Extent, Request, Tensor
 
@@ -16,6 +14,8 @@ pytestmark = pytest.mark.lmdeploy
 
 def crossed(inputs):
     """Inputs after their way through an arena."""
+    from batchvl.engines.lmdeploy.inputs import pack, unpack
+
     arrays, arena, tensors, at = pack(inputs), Arena(16), [], 0
     for key, array in arrays.items():
         name, _, dtype = key.partition(":")
@@ -26,6 +26,8 @@ def crossed(inputs):
 
 
 def test_all_that_lmdeploy_gives_comes_out_as_it_went_in():
+    from lmdeploy.vl.constants import Modality
+
     pixels = torch.randn(3, 5).to(torch.bfloat16)
     given = {
         "prompt": "ä", "input_ids": list(range(3000)), "multimodal": [
@@ -53,5 +55,7 @@ def test_all_that_lmdeploy_gives_comes_out_as_it_went_in():
 
 
 def test_what_cannot_cross_is_named():
+    from batchvl.engines.lmdeploy.inputs import pack
+
     with pytest.raises(TypeError, match="gave a object, which does not cross"):
         pack({"multimodal": [{"what": object()}]})
