@@ -35,6 +35,13 @@ class Shared(Generic[T]):
     @asynccontextmanager
     async def use(self) -> AsyncIterator[T]:
         """The thing, for as long as the caller is inside."""
+        if self._left == 1 and self._making is None:  # the only one: a task of its own would be for nothing
+            made = await self._make()
+            try:
+                yield made
+            finally:
+                self._let_go(made)
+            return
         if self._making is None:
             self._making = asyncio.get_running_loop().create_task(self._make())
         try:

@@ -226,7 +226,7 @@ def table(results: Sequence[Result]) -> str:
 def _rate(result: Result | None) -> str:
     if result is None:
         return ""
-    return f"{result.rate:.1f}" + " or more" * result.estimated
+    return f"{result.rate:.1f}"
 
 
 def _shown(number: float | None, form: str, unit: int = 1) -> str:

@@ -44,8 +44,6 @@ class Result(msgspec.Struct, kw_only=True):
     system: str
     rows: int
     seconds: float
-    estimated: bool = False
-    """Whether the span is only known with what it takes to end a run."""
     start_seconds: float
     """From the start of the process to the first rows."""
     input_tokens: int
@@ -160,11 +158,7 @@ class Bench:
         if code or up is None:
             raise Failed(f"exit code {code}; its last words:\n{last_words(log)}")
         summary = json.loads((output / "summary.json").read_bytes())
-        if told := "engine_seconds" in summary:
-            seconds, wait = summary["engine_seconds"], summary["gpu_wait"]
-        else:  # an older batchvl: all seconds from then on, those of the run's end included
-            seconds = summary["seconds"] - (up - started)
-            wait = summary["gpu_wait_seconds"] / seconds
+        seconds = summary["engine_seconds"]
         found = pq.read_table(summary["results"], columns=["row", "status", "input_tokens", "output_tokens"])
         answers = found.to_pylist()
         return self._result(
@@ -174,7 +168,7 @@ class Bench:
             wrong=sum(
                 answer["status"] != "ok" or answer["output_tokens"] != rows[answer["row"]].tokens for answer in answers
             ),
-            estimated=not told, gpu_wait=wait,
+            gpu_wait=summary["gpu_wait"],
             server_cores=serving.use(up, up + seconds).cores,
         )  # fmt: skip
 

@@ -1,12 +1,13 @@
 """What batchvl itself costs: rows a second, the runner's CPU a row, and memory by the manifest's length.
 
     python benchmarks/overhead.py            # about two minutes on two cores
-    python benchmarks/overhead.py text       # only one of: text, pictures, memory
+    python benchmarks/overhead.py text       # only one of: text, pictures, shared, memory
 
 The engine is the FakeEngine, which answers at once, so all that is measured is ours.
 
 text      rows without pictures, from Parquet: rows/s of the whole run, the runner's CPU a row
 pictures  rows with one picture each (a path): the runner's CPU a row. The workers' CPU is not in it
+shared    the same, ten rows about each picture
 memory    peak resident memory of the runner at 10 thousand and at 1 million rows
 """
 
@@ -36,20 +37,26 @@ print(json.dumps(dict(
 """
 
 
-def manifest(folder: Path, rows: int, *, pictures: int = 0) -> Path:
-    """A Parquet manifest of `rows` rows; with `pictures`, each row has one of so many files."""
-    path = folder / f"{rows}-{pictures}.parquet"
+def manifest(folder: Path, rows: int, *, pictures: int = 0, questions: int = 1) -> Path:
+    """A Parquet manifest of `rows` rows; with `pictures`, each has one of so many files, and `questions` of them the
+    same path to it, so that batchvl takes it for the same.
+    """
+    path = folder / f"{rows}-{pictures}-{questions}.parquet"
     schema = pa.schema([("id", pa.int64()), ("prompt", pa.string())])
     for i in range(pictures):
         Image.new("RGB", (64, 64), (i % 256, i // 256, 0)).save(folder / f"{i}.png")
     if pictures:
         schema = schema.append(pa.field("image", pa.string()))
+        for i in range(-(-rows // pictures)):
+            (folder / str(i)).unlink(missing_ok=True)
+            (folder / str(i)).symlink_to(".")
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, 10_000):
             numbers = range(start, min(rows, start + 10_000))
             columns = [list(numbers), [f"what is in picture number {n}?" for n in numbers]]
             if pictures:
-                columns.append([f"{n % pictures}.png" for n in numbers])
+                places = (divmod(n // questions, pictures) for n in numbers)
+                columns.append([f"{way}/{number}.png" for way, number in places])
             arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
     return path
@@ -74,11 +81,16 @@ def text(folder: Path) -> None:
     print(f"; runner's CPU {(large['cpu'] - small['cpu']) / rows * 1e3:.3f} ms a row")
 
 
-def pictures(folder: Path) -> None:
-    small, large = (measure(manifest(folder, rows, pictures=256), folder) for rows in (500, 20_500))
+def pictures(folder: Path, name: str = "pictures", questions: int = 1) -> None:
+    sizes = (500, 20_500)
+    small, large = (measure(manifest(folder, rows, pictures=256, questions=questions), folder) for rows in sizes)
     rows = large["rows"] - small["rows"]
-    print(f"pictures  {large['rows'] / large['seconds']:8,.0f} rows/s with {os.cpu_count()} CPUs", end="")
+    print(f"{name:8}  {large['rows'] / large['seconds']:8,.0f} rows/s with {os.cpu_count()} CPUs", end="")
     print(f"; runner's CPU {(large['cpu'] - small['cpu']) / rows * 1e3:.3f} ms a row")
+
+
+def shared(folder: Path) -> None:
+    pictures(folder, "shared", questions=10)
 
 
 def memory(folder: Path) -> None:
@@ -88,7 +100,7 @@ def memory(folder: Path) -> None:
 
 
 def main() -> None:
-    parts = {"text": text, "pictures": pictures, "memory": memory}
+    parts = {"text": text, "pictures": pictures, "shared": shared, "memory": memory}
     chosen = sys.argv[1:] or list(parts)
     print(f"{os.cpu_count()} CPUs, Python {sys.version.split()[0]}")
     for name in chosen:
