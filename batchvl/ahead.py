@@ -25,13 +25,13 @@ class Ready(NamedTuple):
 
 
 class Ahead:
-    """Takes rows up to where an engine takes them. `arena` is that of prepared tensors."""
+    """Takes rows up to where an engine takes them. `arena`: of prepared tensors."""
 
     def __init__(
         self, prompter: Prompter, fetcher: Fetcher, workers: ImageWorkers, arena: Arena, progress: Progress
     ) -> None:
         self._prompter, self._fetcher, self._workers = prompter, fetcher, workers
-        self._arena, self._progress = arena, progress
+        self.arena, self._progress = arena, progress
 
     def request(self, row: Row) -> Request:
         """What the engine is asked for a row that needs no preparation. Raises RowError."""
@@ -68,7 +68,7 @@ class Ahead:
 
     def _release(self, ready: Ready) -> None:
         if ready.extent is not None:
-            self._arena.release(ready.extent)
+            self.arena.release(ready.extent)
 
 
 def labels(row: Row) -> tuple[Image, ...]:

@@ -121,6 +121,24 @@ def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -
     sys.exit(summary.exit_code)
 
 
+@main.command(cls=GroupedCommand, short_help="How fast this machine answers, beside how fast its engine could.")
+@click.argument("manifest", required=False)
+@run_options
+@click.option("--config", metavar="FILE", help="TOML job file. [default: batchvl.toml beside MANIFEST]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@refusing
+def bench(manifest: str | None, config: str | None, as_json: bool, **options: Any) -> None:
+    """Answer some rows of MANIFEST as batchvl run does, then again with everything prepared beforehand, and tell what
+    limits the run. Nothing is kept.
+
+    The options are those of batchvl run; --limit says how many rows. [default: 1000]
+    """
+    from .bench import bench as measure
+
+    found = measure(manifest, config=config, **options)
+    click.echo(found.as_json() if as_json else str(found))
+
+
 @main.command(short_help="Merge all shards of an output folder into one file.")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))

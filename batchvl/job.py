@@ -60,6 +60,13 @@ def run(
         summary = batchvl.run("manifest.parquet", model="shapes")
         print(summary.ok, "answers in", summary.results)
     """
+    return Job(*told(manifest, config, options), quiet=quiet).run()
+
+
+def told(
+    manifest: str | os.PathLike[str] | None, config: str | None, options: dict[str, Any]
+) -> tuple[str, RunOptions]:
+    """What a run was told, all places taken together: the manifest, and every option. Raises OptionError."""
     job = read_job(config) if config else {}
     named = job.pop("manifest", None)
     if manifest is not None and not isinstance(manifest, str | os.PathLike):
@@ -70,7 +77,7 @@ def run(
     beside = Path(source).parent / JOB_FILE
     if not config and beside.is_file():
         job = {name: value for name, value in read_job(beside).items() if name != "manifest"}
-    return Job(source, RunOptions.of(**gather(options, os.environ, job)), quiet=quiet).run()
+    return source, RunOptions.of(**gather(options, os.environ, job))
 
 
 class Job:
@@ -206,9 +213,11 @@ class Job:
             ahead = Ahead(prompter, fetcher, workers, prepared, self.progress)
             runner = Runner(options, ahead, engine, output, self.progress)
             self._opening, self._runner = None, runner
-            describing = asyncio.create_task(self._describe(engine, output))
+            describing = asyncio.create_task(self._describe(engine, workers, output))
             try:
                 await runner.answer(self._rows(output))
+                if runner.stopped is None:
+                    await self._answered(ahead, workers, engine)
             finally:
                 self._runner = None
                 describing.cancel()
@@ -220,7 +229,10 @@ class Job:
             raise runner.stopped
         return True
 
-    async def _describe(self, engine: Replicas, output: Output) -> None:
+    async def _answered(self, ahead: Ahead, workers: ImageWorkers, engine: Replicas) -> None:
+        """For who wants more of the stages, which are still open when all rows have been answered."""
+
+    async def _describe(self, engine: Replicas, workers: ImageWorkers, output: Output) -> None:
         """Once the engine is up: what really runs goes into the output's metadata."""
         info = await engine.started()
         if info.model == self.spec.model:

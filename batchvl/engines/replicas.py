@@ -145,6 +145,11 @@ class Replicas:
         return sum(len(feed.rows.held) for feed in self._queue.feeds)
 
     @property
+    def answers(self) -> int:
+        """How many rows they have answered."""
+        return sum(feed.answers for feed in self._queue.feeds)
+
+    @property
     def row_seconds(self) -> float:
         """Seconds that rows were in the engines, summed over the rows."""
         return sum(feed.rows.seconds for feed in self._queue.feeds)

@@ -138,6 +138,8 @@ class ImageWorkers:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._workers: dict[int, _Worker] = {}
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
+        self.busy_seconds = 0.0
+        """That workers were at work, summed over them."""
         self._usual = 0
         self._born = 0
         self._lost: EngineLost | None = None
@@ -242,6 +244,7 @@ class ImageWorkers:
                     raise RowFailed(Failure.of(error), _images(job.sources)) from None
                 answer = await worker.ask(Grant(extent), left)
             if isinstance(answer, Done):
+                self.busy_seconds += answer.seconds
                 self._usual = max(answer.size, self._usual - self._usual // 256)
                 done = None
                 if answer.size:
