@@ -91,6 +91,12 @@ class ImageOptions:
     look_ahead: Count = option(
         4096, "Rows ahead among which those with the same pictures go together, these read once; 0: none.", metavar="N"
     )
+    draft_decode: bool = option(
+        False,
+        "Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where the model's tiles need no more: faster, and not the "
+        "same to the bit.",
+        meaning=True,
+    )
     image_workers: Positive | None = option(None, "Processes that prepare pictures. [default: the CPUs]", metavar="N")
     arena_bytes: Size | None = option(
         None, "Memory for fetched and prepared pictures. [default: an eighth of the memory, 256MiB to 8GiB an engine]",

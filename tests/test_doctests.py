@@ -10,7 +10,7 @@ import batchvl
 
 ELSEWHERE = {
     f"batchvl.engines.lmdeploy.{name}"
-    for name in ("configuration", "conversation", "inputs", "model", "pixels", "preparation", "processor")
+    for name in ("configuration", "conversation", "inputs", "model", "pixels", "preparation", "processor", "scaling")
 }  # want LMDeploy, which this environment's torch is too new for
 MODULES = [
     found.name

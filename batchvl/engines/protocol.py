@@ -22,6 +22,8 @@ class EngineSpec(Struct, frozen=True):
     trust_remote_code: bool = False
     max_tiles: int | None = None
     """At most so many tiles a picture; None is the model's own setting."""
+    draft_decode: bool = False
+    """Whether a picture's file may be decoded with fewer pixels than it has."""
     batch_size: int | None = None
     dtype: str = "auto"
     device: str = "auto"

@@ -30,6 +30,7 @@ def spec_of(options: RunOptions) -> EngineSpec:
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         max_tiles=model.max_tiles,
+        draft_decode=options.image.draft_decode,
         batch_size=engine.batch_size,
         dtype=model.dtype,
         device=engine.device,

@@ -10,10 +10,12 @@ import zlib
 import PIL.Image
 from PIL import ImageFile, features
 from PIL.Image import Transpose
+from PIL.JpegImagePlugin import JpegImageFile
 
 from .. import request
 from ..errors import CorruptPicture, NotAPicture, PrepareError, PrepareFailed, TooManyPixels, TruncatedPicture
 from ..options import ImageOptions
+from .draft import Used, draft
 from .rgb import to_rgb
 from .sniff import ends_early, is_picture, looks_like
 
@@ -29,6 +31,7 @@ _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
+_SIDEWAYS = {Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90}
 
 
 def strict() -> None:
@@ -42,12 +45,13 @@ def strict() -> None:
 
 
 def decode(
-    data: bytes | memoryview, limits: ImageOptions, source: str
+    data: bytes | memoryview, limits: ImageOptions, source: str, used: Used | None = None
 ) -> tuple[PIL.Image.Image, request.Image]:  # fmt: skip
     """The picture as RGB, EXIF orientation applied, transparency on white, of an animation the first frame; and what
     the output says about it: sha256 and number of the encoded bytes, width and height in pixels.
 
     `source` is how messages call the picture. The picture carries no metadata any more, so nobody turns it twice.
+    With --draft-decode a JPEG of which `used` needs fewer pixels is smaller than what the output says about it.
 
     Raises NotAPicture, TruncatedPicture, CorruptPicture, TooManyPixels (told by the header, before decoding), or
     PrepareFailed where the memory does not suffice; whatever Pillow raises ends as one of these.
@@ -57,18 +61,18 @@ def decode(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata that does not matter here
-            picture = _open(data, limits.max_image_pixels)
+            picture, (width, height) = _open(data, limits.max_image_pixels, used if limits.draft_decode else None)
     except PrepareError as error:
         raise type(error)(f"{source}: {error}") from None
     except MemoryError:
         raise PrepareFailed(f"{source}: decoding needs more memory than the image worker has") from None
     except Exception as error:
         raise _blame(data, error, source) from error
-    width, height = picture.size
     return picture, request.Image(source, hashlib.sha256(data).hexdigest(), width, height, len(data))
 
 
-def _open(data: bytes, max_pixels: int) -> PIL.Image.Image:
+def _open(data: bytes, max_pixels: int, used: Used | None) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """The picture, upright, and its width and height in the file."""
     with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width < 1 or height < 1:
@@ -79,15 +83,22 @@ def _open(data: bytes, max_pixels: int) -> PIL.Image.Image:
             )
         if image.format == "PNG":
             _check_sums(memoryview(data))
+        size = turn = None
+        if isinstance(image, JpegImageFile):
+            turn = _turn(image)  # once: where it fails over broken EXIF, Pillow would tell something the next time
+            size = (height, width) if turn in _SIDEWAYS else (width, height)
+            if used is not None:
+                draft(image, *size, used)
         image.load()
         picture = to_rgb(image)
-        turn = _turn(image)
+        if size is None:
+            turn = _turn(image)  # not before: a PNG may have its EXIF behind its pixels
         if turn is not None:
             picture = picture.transpose(turn)
         elif picture is image:
             picture = image._new(image.im)  # the plain class, without the file; `copy()` costs as much as decoding
     picture.info.clear()
-    return picture
+    return picture, size or picture.size
 
 
 def _check_sums(data: memoryview) -> None:

@@ -34,7 +34,7 @@ from .decode import decode, strict
 from .files import open_beneath
 from .layout import Layout
 from .messages import Died, Done, Failed, Fork, Grant, Job, Need, Ready, Setup, Source, ToHost, ToWorker
-from .preparation import Array, Preparation, PreparationSpec
+from .preparation import Array, Preparation, PreparationSpec, Scaling
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -174,13 +174,14 @@ def _prepare(
 ) -> list[Mapping[str, Array] | Failure] | Failure:
     """Each row's arrays, or why there are none; `images` is filled in as the pictures are read."""
     pictures: list[PIL.Image.Image] = []
+    used = preparation.used if isinstance(preparation, Scaling) else None
     try:
         if len(job.sources) > setup.limits.max_images:
             found, most = len(job.sources), setup.limits.max_images
             raise TooManyPictures(f"{found} pictures in the row, at most {most} are allowed (--max-images)")
         for number, source in enumerate(job.sources):
             data = _bytes(source, setup, encoded)
-            picture, images[number] = decode(data, setup.limits, source.label)
+            picture, images[number] = decode(data, setup.limits, source.label, used)
             pictures.append(picture)
     except Exception as error:
         return _failure(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
@@ -42,5 +42,17 @@ class Preparation(Protocol):
         For several requests about the same pictures it is called with the same list, one after another: what is made
         of them alone may be kept until another list comes, and lies in the arena once.
         Raises a `RowError`; any other exception becomes `prepare_failed`.
+        """
+        ...
+
+
+@runtime_checkable
+class Scaling(Preparation, Protocol):
+    """A preparation that can tell how large it makes a picture. What it does not need is not decoded (`draft.py`)."""
+
+    def used(self, width: int, height: int) -> tuple[int, int] | None:
+        """The width and height that a picture of this size is scaled to, the whole of it, before it is cut into tiles:
+        it can be had from any picture that is as large in both directions. Pictures for which this is the same become
+        equally many tiles and tokens. None where it is not known.
         """
         ...

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
+import random
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy
 import pytest
 import pytest_asyncio
 import torch
 from PIL import Image
 
+from batchvl.engines.lmdeploy.preparation import Preparation
 from batchvl.images.decode import decode
 from batchvl.images.layout import Layout
 from batchvl.options import ImageOptions
+from batchvl.request import Image as Told
 from batchvl.request import InlineImage, Row
 from batchvl.shapes import MODEL
-from tests.engines.in_process import picture
+from tests.engines.in_process import ask, picture, request
 from tests.engines.lmdeploy_line import CoreLine, with_core
 from tests.tiny_models import internvl, internvl_classic, qwen2_5_vl
 
@@ -144,3 +151,108 @@ async def test_no_pixel_is_copied_on_its_way_into_the_engine(model):
         await line.ask(["Who?", "Why?"], [picture(90, 40)])
         start = torch.frombuffer(line.line.engine._arena._view, dtype=torch.uint8).data_ptr()
         assert [start <= pointer < start + line.line.arena.size for pointer in seen] == [True] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------- drafts
+
+
+@pytest.fixture(scope="module", params=(None, 3), ids=("", "max_tiles"))
+def preparation(request, model):
+    return prepares(model, request.param)
+
+
+def prepares(model, max_tiles=None, **more) -> Preparation:
+    architecture = json.loads((Path(model) / "config.json").read_text())["architectures"][0]
+    told = {"draft_decode": True, "fingerprints": False, **more}
+    return Preparation(str(model), architecture, True, "float32", None, max_tiles, **told)
+
+
+def made(preparation: Preparation, drawn: Image.Image) -> tuple[dict[str, Any], list[numpy.ndarray]]:
+    """The prompt's tokens, the picture's part but for its tensors and its size, and those tensors."""
+    arrays = preparation.prepare(request(0, ask("Who?", 0)), [drawn], [Told("it", sha256="0")])
+    inputs = msgspec.msgpack.decode(arrays.pop("inputs").tobytes())
+    [part] = inputs["multimodal"]
+    part.pop("image_size", None)
+    return inputs, list(arrays.values())
+
+
+FEW = random.Random(0)
+DRAWN = [(FEW.randint(2, 400), FEW.randint(2, 400)) for _ in range(40)]
+
+
+@pytest.mark.parametrize("size", [*SIZES, *DRAWN], ids=lambda size: "x".join(map(str, size)))
+async def test_the_size_that_is_made_of_a_picture(preparation, size):
+    drawn = picture(*size, seed=size[0])
+    width, height = preparation.used(*size)
+    _, tensors = made(preparation, drawn)
+    grids = [tensor.tolist() for tensor in tensors if tensor.dtype.kind == "i"]
+    if grids:  # Qwen2.5-VL's, of patches of 4 x 4 pixels
+        assert grids[0] == [[1, height // 4, width // 4]]
+    else:
+        [tiles] = tensors
+        side = tiles.shape[-1]
+        whole = drawn.resize((width, height), Image.Resampling.BICUBIC)
+        corners = [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
+        assert len(tiles) == len(corners) + (len(corners) > 1)
+        for tile, (left, top) in zip(tiles, corners, strict=False):
+            expected = numpy.asarray(whole.crop((left, top, left + side, top + side)), numpy.float32)
+            # Pillow's bicubic filter and torchvision's differ a little; a tile of another place is far off.
+            assert numpy.abs(eight_bits(preparation, tile) - expected.transpose(2, 0, 1)).mean() < 1
+
+
+def eight_bits(preparation: Preparation, tile: numpy.ndarray) -> numpy.ndarray:
+    """A tile's pixels, 0 to 255, before they were normalised."""
+    images = getattr(preparation._encoder.model.processor, "image_processor", None)
+    mean, std = (
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if images is None else (images.image_mean, images.image_std)
+    )
+    return (tile * numpy.reshape(std, (3, 1, 1)) + numpy.reshape(mean, (3, 1, 1))) * 255
+
+
+def jpeg(size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    picture(8, 6).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "size", [(1280, 960), (1281, 959), (960, 1280), (899, 300), (2600, 1700)], ids=lambda size: "x".join(map(str, size))
+)
+async def test_a_draft_becomes_the_same_tokens_and_tiles(preparation, size):
+    data = jpeg(size)
+    drafted, told = decode(data, ImageOptions(draft_decode=True), "it", preparation.used)
+    whole, expected = decode(data, ImageOptions(), "it", preparation.used)
+    assert told == expected
+    used = preparation.used(*size)
+    assert (drafted.size != size) == all(have >= 2 * want for have, want in zip(size, used, strict=True))
+    assert all(have >= want for have, want in zip(drafted.size, used, strict=True)) or drafted.size == size
+    (inputs, tensors), (inputs_of_whole, tensors_of_whole) = made(preparation, drafted), made(preparation, whole)
+    assert inputs == inputs_of_whole
+    for found, wanted in zip(tensors, tensors_of_whole, strict=True):
+        assert found.shape == wanted.shape
+        assert numpy.abs(found - wanted).mean() < 0.05, "another picture: values are -2 to 3"
+
+
+async def test_a_draft_that_would_be_tiled_otherwise_is_not_taken(tmp_path):
+    """A height of 1733 does not halve: the aspect ratio is a little over 3 to 2, and the draft's a little under."""
+    preparation = prepares(internvl(tmp_path / "internvl"))
+    assert (preparation.used(2600, 1733), preparation.used(1300, 867)) == ((56, 28), (56, 56))
+    assert decode(jpeg((2600, 1733)), ImageOptions(draft_decode=True), "it", preparation.used)[0].size == (2600, 1733)
+
+
+async def test_pictures_that_a_model_refuses_have_no_size(tmp_path):
+    assert prepares(qwen2_5_vl(tmp_path / "qwen")).used(30, 6030) is None
+
+
+async def test_models_that_tile_in_ways_unknown_have_no_size(preparation, monkeypatch):
+    monkeypatch.setattr(preparation, "_architecture", "LlavaForConditionalGeneration")
+    assert preparation.used(4000, 3000) is None
+
+
+async def test_drafts_have_other_fingerprints(model):
+    """TurboMind takes pictures of one fingerprint for one."""
+    prints = set()
+    for draft_decode in (False, True):
+        inputs, _ = made(prepares(model, fingerprints=True, draft_decode=draft_decode), picture(90, 40))
+        prints.add(inputs["multimodal"][0]["fingerprint"])
+    assert len(prints) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import huggingface_hub.constants
 import numpy
 import pytest
 import torch
+from PIL import Image
 
 from batchvl.engines.checkpoint import find
 from batchvl.engines.gpu import wait_for_memory
@@ -19,6 +21,8 @@ from batchvl.engines.transformers.families import Patches, Splits, Tiles, recogn
 from batchvl.engines.transformers.preparation import ProcessorPreparation
 from batchvl.errors import EngineUnavailable, ModelError, OptionError, Unsupported
 from batchvl.images.arena import Arena
+from batchvl.images.decode import decode
+from batchvl.options import ImageOptions
 from tests.engines.in_process import ask, line, picture, request
 from tests.tiny_models import FAMILIES
 
@@ -205,6 +209,54 @@ def test_max_tiles(folders, name, limits, shapes):
     ]
 
     assert found == list(shapes)
+
+
+@pytest.mark.parametrize("max_tiles", [None, 1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_drafts_become_the_same_tokens_and_tiles(folders, name, max_tiles):
+    preparation = ProcessorPreparation(str(folders[name]), max_tiles=max_tiles)
+    coarse, drafted = picture(6, 4), 0
+
+    for size in [(1280, 960), (1281, 959), (600, 800), (2600, 1700), (301, 99), (60, 40), (40, 9000)]:
+        file = io.BytesIO()
+        coarse.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG")
+        draft, _ = decode(file.getvalue(), ImageOptions(draft_decode=True), "it", preparation.used)
+        whole, _ = decode(file.getvalue(), ImageOptions(), "it", preparation.used)
+        if draft.size != size:
+            drafted += 1
+            assert all(have >= want for have, want in zip(draft.size, preparation.used(*size), strict=True))
+            found, expected = (preparation.prepare(request(0, ask("hello", 0)), [it]) for it in (draft, whole))
+            assert {key: array.shape for key, array in found.items()} == {k: a.shape for k, a in expected.items()}
+            assert found["input_ids"].tolist() == expected["input_ids"].tolist()
+            assert numpy.abs(found["pixel_values"] - expected["pixel_values"]).mean() < 0.05
+
+    assert drafted >= (1 if name == "qwen2_5_vl" and max_tiles else 4)  # Qwen's limit counts tiles of 448 pixels
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_size_that_is_made_of_a_picture(folders, name):
+    preparation = ProcessorPreparation(str(folders[name]))
+
+    for size in [(28, 28), (1, 1), (29, 31), (84, 28), (57, 111), (112, 113), (640, 480), (333, 777), (1000, 300)]:
+        columns, rows = preparation.used(*size)
+        arrays = preparation.prepare(request(0, ask("hello", 0)), [picture(*size)])
+        if name == "qwen2_5_vl":
+            assert arrays["image_grid_thw"].tolist() == [[1, rows // 4, columns // 4]]
+        else:
+            tiles = -(-rows // 28) * -(-columns // 28)
+            assert len(arrays["pixel_values"]) == tiles + (tiles > 1)
+
+
+def test_an_unknown_processor_tells_no_size(folders, monkeypatch):
+    preparation = ProcessorPreparation(str(folders["internvl"]))
+    monkeypatch.setattr(type(preparation.processor.image_processor), "__module__", "theirs.got_ocr2.images")
+    assert preparation.used(4000, 3000) is None
+
+
+def test_a_processor_that_does_not_scale_tells_no_size(folders, monkeypatch):
+    preparation = ProcessorPreparation(str(folders["internvl"]))
+    monkeypatch.setattr(preparation.processor.image_processor, "do_resize", False)
+    assert preparation.used(4000, 3000) is None
 
 
 async def test_preparation_in_workers_is_told_by_the_engine(folders):

@@ -34,5 +34,10 @@ class Misbehaving:
         return {"number": request.row.to_bytes(8, "little"), "pixels": self.pixels}
 
 
+class Halving(Misbehaving):
+    def used(self, width, height):
+        return 16, 8
+
+
 def broken():
     raise ImportError("no such library")

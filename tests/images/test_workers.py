@@ -132,6 +132,19 @@ async def test_files_are_opened_by_the_worker(pool, tmp_path):
     assert failure(outside).code == "forbidden_path"
 
 
+@pytest.mark.parametrize(
+    ("factory", "drafted"), [("Misbehaving", False), ("Halving", True)], ids=("cannot tell", "tells")
+)
+async def test_drafts_are_for_preparations_that_tell_what_they_use(pool, tmp_path, factory, drafted):
+    Image.new("RGB", (32, 24), (9, 9, 9)).save(tmp_path / "grey.jpg")
+    async with pool(factory=f"tests.images.misbehaving:{factory}", draft_decode=True) as p:
+        done = await p.workers.prepare([request(1)], [Source("grey.jpg", file=FileImage("grey.jpg"))])
+        p.prepared.release(done.extent)
+    [pixels] = [tensor for tensor in done.requests[0].tensors if tensor.name == "pixels"]
+    assert pixels.shape == (16 * 12 * 3 if drafted else 32 * 24 * 3,)
+    assert [(image.width, image.height) for image in done.images] == [(32, 24)]
+
+
 async def test_a_worker_that_dies_is_replaced_and_its_row_tried_once_more(pool, tmp_path):
     async with pool(workers=1) as p:
         tensors, _ = await p.run(5, f"die once {tmp_path}/died", [(9, 9, 9)])

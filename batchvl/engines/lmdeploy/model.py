@@ -112,6 +112,7 @@ class Resolved:
             "dtype": self._pixels and str(self._pixels).removeprefix("torch."),
             "template": self._template.fields,
             "max_tiles": self._spec.max_tiles,
+            "draft_decode": self._spec.draft_decode,
             "fingerprints": self._backend == "turbomind",
         }
         return PreparationSpec("batchvl.engines.lmdeploy.preparation:Preparation", options, special_tokens=special)

@@ -15,6 +15,7 @@ from . import pictures as plain
 from .chat import Chat, limit_tiles, picture_settings
 from .inputs import PICTURES, pack
 from .processor import Processor, now
+from .scaling import used
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -28,8 +29,9 @@ class Preparation:
     pictures, and LMDeploy prepares the row itself (`pictures.py`).
 
     model: a checkpoint's folder. dtype: the pixels' type, "bfloat16" or "float16", None as the model's processor makes
-    them. template: the fields of LMDeploy's ChatTemplateConfig, None for the model's own. fingerprints: whether each
-    picture gets one, over its encoded bytes and all that changes its pixels; TurboMind else takes one of the pixels.
+    them. template: the fields of LMDeploy's ChatTemplateConfig, None for the model's own. draft_decode: whether
+    pictures may come smaller than their files. fingerprints: whether each picture gets one, over its encoded bytes and
+    all that changes its pixels; TurboMind else takes one of the pixels.
     """
 
     def __init__(
@@ -40,16 +42,19 @@ class Preparation:
         dtype: str | None,
         template: dict[str, Any] | None,
         max_tiles: int | None,
+        draft_decode: bool,
         fingerprints: bool,
     ) -> None:
         kind = getattr(torch, dtype) if dtype is not None else None
         self._processor = Processor(model, trust_remote_code, kind, template)
         self._encoder = self._processor.vl_encoder
         limit_tiles(architecture, self._encoder.model, max_tiles)
-        self._chat = Chat(architecture, picture_settings(architecture, max_tiles))
+        self._architecture, self._settings = architecture, picture_settings(architecture, max_tiles)
+        self._chat = Chat(architecture, self._settings)
         self._seen: Sequence[Picture] | None = None
         self._made: list[dict[str, Any]] = []  # of the pictures that were seen last
-        self._salt = json.dumps([model, architecture, dtype, max_tiles]).encode() if fingerprints else None
+        salt = [model, architecture, dtype, max_tiles, draft_decode]
+        self._salt = json.dumps(salt).encode() if fingerprints else None
 
     def prepare(
         self, request: Request, pictures: Sequence[Picture], images: Sequence[Image] = ()
@@ -68,6 +73,10 @@ class Preparation:
         inputs = now(self._processor.get_prompt_input(messages, do_preprocess=True))
         self._mark(inputs["multimodal"], [images[number] for number in order] if images else [])
         return pack(inputs)
+
+    def used(self, width: int, height: int) -> tuple[int, int] | None:
+        """See `Scaling`. None for a model of neither InternVL's nor Qwen2-VL's kind."""
+        return used(self._architecture, self._encoder.model, self._settings, width, height)
 
     def _make(self, pictures: Sequence[Picture], images: Sequence[Image]) -> list[dict[str, Any]]:
         """What LMDeploy makes of each picture."""

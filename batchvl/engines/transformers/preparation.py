@@ -10,6 +10,7 @@ import torch
 
 from ...errors import ModelError, Unsupported
 from ...request import Image, Message, Part, Request
+from .. import scaling
 from .device import DTYPES
 from .families import TOKEN_KEYS, recognise
 from .processor import image_token_id, load_processor, render, special_tokens
@@ -93,6 +94,10 @@ class ProcessorPreparation:
                 else:
                     arrays[key] = torch.from_numpy(array).to(self._dtype).numpy()
         return arrays
+
+    def used(self, width: int, height: int) -> tuple[int, int] | None:
+        """See `images.preparation.Scaling`."""
+        return scaling.used(self.processor.image_processor, self._settings, width, height)
 
     def special_tokens(self) -> tuple[str, ...]:
         return special_tokens(self.processor)
