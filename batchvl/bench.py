@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -147,7 +147,7 @@ class Benched(Job):
         seconds, rows = max(engine.seconds, 1e-9), engine.answers
         runner, busy = time.process_time() - self._at_start[0], workers.busy_seconds - self._at_start[1]
         run, wait = Pace(rows, self.progress.output_tokens, seconds), engine.wait_share
-        async with AsyncExitStack() as stack:
+        with ExitStack() as stack:
             requests = await self._requests(ahead, engine, stack)
             if not requests:
                 return
@@ -157,7 +157,7 @@ class Benched(Job):
         count = self.options.image.image_workers or cpus()
         self.found = Comparison(info, run, ceiling, len(requests), wait, busy / seconds / count, runner / seconds)
 
-    async def _requests(self, ahead: Ahead, engine: Replicas, stack: AsyncExitStack) -> list[Request]:
+    async def _requests(self, ahead: Ahead, engine: Replicas, stack: ExitStack) -> list[Request]:
         """Of the manifest's first rows, prepared until the stack is closed; none of those that fail."""
         requests: list[Request] = []
         room = ahead.arena.size * _SHARE
@@ -168,7 +168,9 @@ class Benched(Job):
                 if not row.images and not engine.prepares_text:
                     requests.append(ahead.request(row))
                     continue
-                ready = await stack.enter_async_context(ahead.together([row]).use())
+                together = ahead.together([row])
+                stack.callback(together.done)
+                ready = await together.get()
             except (RowError, RowFailed):
                 continue
             if isinstance(request := ready.requests[row.number], Request):

@@ -159,11 +159,14 @@ class Runner:
                 return Response(row.number, failure=row.failure), labels(row)
             if not row.images and not self._engine.prepares_text:
                 return await self._engine.answer(self._ahead.request(row)), ()
-            async with prepared.use() as found:
+            try:
+                found = await prepared.get()
                 ready = found.requests[row.number]
                 if isinstance(ready, Failure):
                     return Response(row.number, failure=ready), found.images
                 return await self._engine.answer(ready), found.images
+            finally:
+                prepared.done()
         except RowError as error:
             return Response(row.number, failure=Failure.of(error)), labels(row)
         except RowFailed as failed:

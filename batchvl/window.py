@@ -21,7 +21,7 @@ async def together(rows: AsyncIterator[Row], size: int) -> AsyncIterator[list[Ro
     """
     groups: deque[tuple[Hashable, list[Row]]] = deque()
     unfilled: dict[Hashable, list[Row]] = {}
-    ahead = carried = 0
+    ahead = carried = 0  # rows in the window, and the bytes that they carry
     async for row in rows:
         key = _pictures(row)
         if (group := unfilled.get(key)) is None:
@@ -30,12 +30,15 @@ async def together(rows: AsyncIterator[Row], size: int) -> AsyncIterator[list[Ro
         group.append(row)
         if len(group) == MOST_TOGETHER:
             del unfilled[key]  # the next row with these pictures begins another
-        ahead, carried = ahead + 1, carried + row.inline_bytes
-        while groups and (ahead >= size or carried - row.inline_bytes > INLINE_BYTES):
+        ahead, latest = ahead + 1, row.inline_bytes
+        carried += latest
+        while groups and (ahead >= size or carried - latest > INLINE_BYTES):
             key, group = groups.popleft()
             if unfilled.get(key) is group:
                 del unfilled[key]
-            ahead, carried = ahead - len(group), carried - sum(row.inline_bytes for row in group)
+            ahead -= len(group)
+            if carried:
+                carried -= sum(row.inline_bytes for row in group)
             yield group
     for _, group in groups:
         yield group

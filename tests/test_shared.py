@@ -28,10 +28,13 @@ class Thing:
         return "thing"
 
     async def use(self, until=None):
-        async with self.shared.use() as found:
+        try:
+            found = await self.shared.get()
             if until is not None:
                 await until.wait()
             return found
+        finally:
+            self.shared.done()
 
 
 async def test_it_is_made_once_and_let_go_of_after_the_last_user():
@@ -78,10 +81,12 @@ async def test_where_all_are_cancelled_so_is_the_making_of_it():
     assert (thing.made, thing.cancelled, thing.gone) == (1, 1, [])
 
 
-async def test_a_user_that_fails_counts():
-    thing = Thing(1)
-    thing.go.set()
-    with pytest.raises(RuntimeError):
-        async with thing.shared.use():
-            raise RuntimeError("of the user")
+async def test_one_user_alone():
+    thing, bad = Thing(1), Thing(1, RuntimeError("no"))
+    for each in (thing, bad):
+        each.go.set()
+    assert await thing.use() == "thing"
     assert thing.gone == ["thing"]
+    with pytest.raises(RuntimeError, match="no"):
+        await bad.use()
+    assert bad.gone == []
