@@ -6,7 +6,7 @@ import io
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy
@@ -15,7 +15,6 @@ import pytest_asyncio
 import torch
 from PIL import Image
 
-from batchvl.engines.lmdeploy.preparation import Preparation
 from batchvl.images.decode import decode
 from batchvl.images.layout import Layout
 from batchvl.options import ImageOptions
@@ -25,6 +24,9 @@ from batchvl.shapes import MODEL
 from tests.engines.in_process import ask, picture, request
 from tests.engines.lmdeploy_line import CoreLine, with_core
 from tests.tiny_models import internvl, internvl_classic, qwen2_5_vl
+
+if TYPE_CHECKING:  # it wants LMDeploy, and both environments collect this file
+    from batchvl.engines.lmdeploy.preparation import Preparation
 
 pytestmark = [pytest.mark.lmdeploy, pytest.mark.asyncio(loop_scope="module")]
 
@@ -162,6 +164,8 @@ def preparation(request, model):
 
 
 def prepares(model, max_tiles=None, **more) -> Preparation:
+    from batchvl.engines.lmdeploy.preparation import Preparation
+
     architecture = json.loads((Path(model) / "config.json").read_text())["architectures"][0]
     told = {"draft_decode": True, "fingerprints": False, **more}
     return Preparation(str(model), architecture, True, "float32", None, max_tiles, **told)
