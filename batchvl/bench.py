@@ -89,8 +89,8 @@ class Comparison(msgspec.Struct, frozen=True):
 
     def as_json(self) -> str:
         """All of it as a JSON object."""
-        told = {"ratio": self.ratio, "limit": self.limit, **msgspec.to_builtins(self)}
-        return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+        whole = {"ratio": self.ratio, "limit": self.limit, **msgspec.to_builtins(self)}
+        return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode()
 
     def __str__(self) -> str:
         return "\n".join(

@@ -50,7 +50,10 @@ def refusing(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Every option of a run, made from the fields of options.py."""
+    """A run's manifest, every option of it, made from the fields of options.py, and its job file."""
+    command = click.option("--config", metavar="FILE", help="TOML job file. [default: batchvl.toml beside MANIFEST]")(
+        command
+    )
     for found in reversed(list(all_fields())):
         hint = OPTION_TYPES[found.name]
         settings: dict[str, Any] = {"help": _help(found), "default": None, "metavar": found.metadata["metavar"]}
@@ -64,7 +67,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             settings |= {"type": click.Choice(get_args(hint)), "metavar": None}
         names = [flag(found.name), *(["-o"] if found.name == "output" else [])]
         command = click.option(*names, found.name, **settings)(command)
-    return command
+    return click.argument("manifest", required=False)(command)
 
 
 def _help(found: Any) -> str:
@@ -100,9 +103,7 @@ def main() -> None:
 
 
 @main.command(cls=GroupedCommand, short_help="Answer the rows of a manifest.")
-@click.argument("manifest", required=False)
 @run_options
-@click.option("--config", metavar="FILE", help="TOML job file. [default: batchvl.toml beside MANIFEST]")
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 @refusing
 def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -> None:
@@ -122,9 +123,7 @@ def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -
 
 
 @main.command(cls=GroupedCommand, short_help="How fast this machine answers, beside how fast its engine could.")
-@click.argument("manifest", required=False)
 @run_options
-@click.option("--config", metavar="FILE", help="TOML job file. [default: batchvl.toml beside MANIFEST]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @refusing
 def bench(manifest: str | None, config: str | None, as_json: bool, **options: Any) -> None:

@@ -147,7 +147,7 @@ class Replicas:
     @property
     def answers(self) -> int:
         """How many rows they have answered."""
-        return sum(feed.answers for feed in self._queue.feeds)
+        return self._queue.answers
 
     @property
     def row_seconds(self) -> float:

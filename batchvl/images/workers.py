@@ -324,12 +324,10 @@ class ImageWorkers:
 def _ready(requests: Sequence[Request], extent: Extent | None, done: Done) -> tuple[Request | Failure, ...]:
     """Each request with its tensors, or its failure."""
     return tuple(
-        [
-            tensors
-            if isinstance(tensors, Failure)
-            else msgspec.structs.replace(request, extent=extent if tensors else None, tensors=tensors)
-            for request, tensors in zip(requests, done.tensors, strict=True)
-        ]
+        tensors
+        if isinstance(tensors, Failure)
+        else msgspec.structs.replace(request, extent=extent if tensors else None, tensors=tensors)
+        for request, tensors in zip(requests, done.tensors, strict=True)
     )
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import OptionError
 from ...request import Message
 
-if TYPE_CHECKING:
-    pass
-
 INTERNVL = {"InternVLChatModel", "InternVLForConditionalGeneration", "InternS1ForConditionalGeneration"}
 QWEN = {"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"}
+PLACE = "picture"
+"""Stands for a picture where only its place counts."""
 TILE_PIXELS = 448 * 448
 """What counts as a tile for models that do not cut pictures into tiles of their own."""
 
@@ -52,8 +51,10 @@ class Chat:
         self._breaks_lines = architecture in INTERNVL
         self._settings = dict(settings)
 
-    def messages(self, messages: Iterable[Message], picture: Callable[[int], Any]) -> list[dict[str, Any]]:
-        """`picture` gives what stands for the row's picture with a number, such as the picture."""
+    def messages(
+        self, messages: Iterable[Message], picture: Callable[[int], Any] = lambda _: PLACE
+    ) -> list[dict[str, Any]]:
+        """`picture` gives the row's picture with a number; without it only their places are marked."""
         return [{"role": message.role, "content": self._content(message, picture)} for message in messages]
 
     def _content(self, message: Message, picture: Callable[[int], Any]) -> str | list[dict[str, Any]]:

@@ -127,8 +127,7 @@ class Conversation:
         """What image workers have prepared of this turn."""
         if PICTURES not in prepared:
             return Ready(prepared)
-        messages = self._model.chat.messages(self._asked, lambda _: PICTURES)  # where they stand
-        return Around(messages, prepared[PICTURES][: self._pictures()])
+        return Around(self._model.chat.messages(self._asked), prepared[PICTURES][: self._pictures()])
 
     def _pictures(self) -> int:
         """How many have been shown up to this turn."""

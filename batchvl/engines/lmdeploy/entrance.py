@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -12,7 +13,7 @@ class Ready(NamedTuple):
 
 
 class Around(NamedTuple):
-    """A turn's messages, whatever they hold for pictures, and what LMDeploy has made of each of these."""
+    """A turn's messages, with the pictures' places marked, and what LMDeploy has made of each picture."""
 
     messages: list[dict[str, Any]]
     pictures: list[dict[str, Any]]
@@ -25,13 +26,22 @@ class Entrance:
         self._own = own
 
     async def get_prompt_input(self, prompt: Any, **settings: Any) -> Any:
-        own = self._own
         match prompt:
             case Ready(inputs):
                 return inputs
             case Around(messages, pictures):
-                parsed = await own.async_parse_multimodal_item(messages)
-                # LMDeploy notes in them where they stand in the prompt, which is another place in each turn.
-                parsed.append({"role": "preprocess", "content": [dict(picture) for picture in pictures]})
-                return await own.vl_encoder.wrap_for_pytorch(parsed, own.chat_template, own.tokenizer)
-        return await own.get_prompt_input(prompt=prompt, **settings)
+                return await around(self._own, messages, pictures)
+        return await self._own.get_prompt_input(prompt=prompt, **settings)
+
+
+async def around(
+    processor: Any, messages: list[dict[str, Any]], pictures: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """LMDeploy's inputs of a prompt around pictures that are made, by its MultimodalProcessor."""
+    parsed = await processor.async_parse_multimodal_item(messages)
+    # LMDeploy notes in them where they stand in the prompt, which is another place in each.
+    parsed.append({"role": "preprocess", "content": [dict(picture) for picture in pictures]})
+    inputs: dict[str, Any] = await processor.vl_encoder.wrap_for_pytorch(
+        parsed, processor.chat_template, processor.tokenizer
+    )
+    return inputs

@@ -13,6 +13,7 @@ import torch
 from ...request import Image, Message, Part, Request
 from . import pictures as plain
 from .chat import Chat, limit_tiles, picture_settings
+from .entrance import around
 from .inputs import PICTURES, pack
 from .processor import Processor, now
 from .scaling import used
@@ -65,8 +66,10 @@ class Preparation:
         if self._encoder.makes_pictures_alone:
             if pictures is not self._seen:
                 self._seen, self._made = pictures, self._make(pictures, images)
-            found = [dict(self._made[number]) for number in order]
-            return pack({PICTURES: found} if request.followups else self._around(asked, found))
+            found = [self._made[number] for number in order]
+            if request.followups:
+                return pack({PICTURES: found})
+            return pack(now(around(self._processor, self._chat.messages(asked), found)))
         if request.followups:
             return plain.Pictures().prepare(request, pictures)
         messages = self._chat.messages(asked, pictures.__getitem__)
@@ -81,24 +84,11 @@ class Preparation:
     def _make(self, pictures: Sequence[Picture], images: Sequence[Image]) -> list[dict[str, Any]]:
         """What LMDeploy makes of each picture."""
         shown = Message("user", tuple(Part(image=number) for number in range(len(pictures))))
-        parsed = self._parsed(self._chat.messages([shown], pictures.__getitem__))
+        messages = self._chat.messages([shown], pictures.__getitem__)
+        parsed = now(self._processor.async_parse_multimodal_item(messages))
         made: list[dict[str, Any]] = now(self._encoder.preprocess(parsed))[-1]["content"]
         self._mark(made, images)
         return made
-
-    def _around(self, asked: Sequence[Message], pictures: list[dict[str, Any]]) -> dict[str, Any]:
-        """LMDeploy's inputs of a prompt around pictures that are made."""
-        parsed = self._parsed(self._chat.messages(asked, lambda _: PICTURES))
-        parsed.append({"role": "preprocess", "content": pictures})
-        processor = self._processor
-        inputs: dict[str, Any] = now(
-            self._encoder.wrap_for_pytorch(parsed, processor.chat_template, processor.tokenizer)
-        )
-        return inputs
-
-    def _parsed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        parsed: list[dict[str, Any]] = now(self._processor.async_parse_multimodal_item(messages))
-        return parsed
 
     def _mark(self, made: list[dict[str, Any]], images: Sequence[Image]) -> None:
         """Gives each picture its fingerprint."""
