@@ -160,9 +160,9 @@ class Benched(Job):
     async def _requests(self, ahead: Ahead, engine: Replicas, stack: ExitStack) -> list[Request]:
         """Of the manifest's first rows, prepared until the stack is closed; none of those that fail."""
         requests: list[Request] = []
-        room = ahead.arena.size * _SHARE
+        arena = ahead.arena
         for row in await asyncio.to_thread(self._first_rows):
-            if room <= 0:
+            if arena.free_blocks <= arena.blocks * (1 - _SHARE):
                 break
             try:
                 if not row.images and not engine.prepares_text:
@@ -170,12 +170,14 @@ class Benched(Job):
                     continue
                 together = ahead.together([row])
                 stack.callback(together.done)
-                ready = await together.get()
+                async with asyncio.timeout(self.options.image.prepare_timeout):
+                    ready = await together.get()
             except (RowError, RowFailed):
                 continue
+            except TimeoutError:  # a large one waits for what those before it hold
+                break
             if isinstance(request := ready.requests[row.number], Request):
                 requests.append(request)
-            room -= ready.extent.length if ready.extent is not None else 0
         return requests
 
     def _first_rows(self) -> list[Row]:

@@ -45,6 +45,19 @@ def test_image_workers_that_cannot_keep_up_are_the_limit(tmp_path):
     assert found.limit.startswith("the image workers")
 
 
+def test_rows_that_fill_the_arena_are_not_waited_for(tmp_path):
+    """Rows of one block of memory each; then one of three, which are all there are."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    small, large = {"prompt": "?", "image": "a.png"}, {"prompt": "?", "images": ["a.png"] * 64}
+    options = {"look_ahead": 0, "prepare_timeout": "2s"}
+
+    found = compare(write(tmp_path / "m.jsonl", [small] * 6), arena_bytes="512KiB", **options)
+    assert (found.run.rows, found.ceiling.rows, found.prepared) == (6, 6, 2)
+
+    found = compare(write(tmp_path / "n.jsonl", [small, large, small]), arena_bytes="384KiB", **options)
+    assert (found.run.rows, found.ceiling.rows, found.prepared) == (3, 3, 1)
+
+
 def test_what_limits_is_told_by_what_is_busy():
     def limit(ratio, workers=0.1, runner=0.1):
         pace, info = Pace(100, 100, 1.0), EngineInfo("fake", "1", "none")
