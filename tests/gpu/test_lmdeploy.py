@@ -296,12 +296,12 @@ def test_gpu_memory_that_others_take_in_mid_run_costs_no_row(tmp_path: Path, bac
 
 def test_memory_that_grows_has_the_engine_started_afresh(tmp_path: Path) -> None:
     """An engine may live for minutes however it grows, and grow by a quarter; here for no time, and by nothing."""
-    manifest = questions(tmp_path / "m.jsonl", 600)
+    manifest = questions(tmp_path / "m.jsonl", 6000)
     soon = "import batchvl.engines.growth as g; g.LEAST_UP_SECONDS, g.LEAST_STARTS, g._LEAST_GAIN = 0.0, 0, 1.0"
     options = ("--model", "shapes", "--engine-memory", "1MB", *SMALL)
     run = Run(tmp_path / "out", *options, manifest=manifest, before=soon).wait()
     assert run.code == 0
-    assert run.right() == 600
+    assert run.right() == 6000
     assert run.summary["engine_restarts"] >= 1
     assert run.summary["engine_deaths"] == 0
     assert "note: the engine holds" in run.said
