@@ -10,7 +10,17 @@ import batchvl
 
 ELSEWHERE = {
     f"batchvl.engines.lmdeploy.{name}"
-    for name in ("configuration", "conversation", "inputs", "model", "pixels", "preparation", "processor", "scaling")
+    for name in (
+        "configuration",
+        "conversation",
+        "inputs",
+        "model",
+        "pixels",
+        "preparation",
+        "processor",
+        "scaling",
+        "whole",
+    )
 }  # want LMDeploy, which this environment's torch is too new for
 MODULES = [
     found.name

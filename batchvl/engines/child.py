@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -42,7 +43,10 @@ async def serve(sock: socket.socket) -> int:
     try:
         engine = factory(first.spec.engine)(first.spec, ArenaView(first.arena_fd, first.arena_size), say)
         channel.send(Resolved(await engine.resolve()))
-        channel.send(Started(await engine.start()))
+        info = await engine.start()
+        gc.collect()
+        gc.freeze()  # half a million objects of libraries, which else are looked through while rows wait
+        channel.send(Started(info))
     except UsageError as error:
         channel.send(Refused(type(error).__name__, str(error)))
         await inbox.get()  # the runner closes once it has read that

@@ -14,10 +14,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import numpy
 
 VARIABLE = "BATCHVL_TEST_CORE"
 ROWS = 8
@@ -51,7 +55,8 @@ class Core:
     nor does anything else on the loop move. die: the process is gone. unwell: reported as not alive from then on.
     once: a file; only the first to make it behaves so. rules: by a text that the prompt holds, the behaviour it calls
     for. record: a file that takes what is asked, as JSON lines. load, exit: text of an exception and of a SystemExit
-    while it is made. gpus: how many there seem to be.
+    while it is made. gpus: how many there seem to be. own_handles: rows reach it by LMDeploy's own handles, which tell
+    every token; `config` of what is asked holds the ends and the length only.
     """
 
     def __init__(self, path: str, config: Any, **behaviour: Any) -> None:
@@ -69,6 +74,8 @@ class Core:
         self.inflight = self.peak = self.ticks = 0
         self.asked: list[Asked] = []
         self.alive = True
+        self.req_manager: Any = None  # this and the next are what LMDeploy's handles ask for
+        self.max_session_len = 2**20
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self.model: Any = None
         if behaviour.get("answer") == "model":
@@ -76,8 +83,13 @@ class Core:
 
             self.model = AutoModelForImageTextToText.from_pretrained(path).eval()
 
-    def create_instance(self, *_: Any) -> Instance:
-        return Instance(self)
+    def create_instance(self, *_: Any) -> Any:
+        if not self.behaviour.get("own_handles"):
+            return Instance(self)
+        from lmdeploy.pytorch.engine.engine_instance import EngineInstance
+
+        self.req_manager = self.req_manager or _manager(self)
+        return EngineInstance(self)
 
     def start_loop(self) -> bool:
         return True
@@ -223,6 +235,60 @@ class Instance:
     async def async_cancel(self, session_id: int) -> None:
         if session_id in self.cancelled:
             self.cancelled[session_id].set()
+
+
+def _manager(core: Core) -> Any:
+    """LMDeploy's, through which its handles reach the core as they reach its engine."""
+    from lmdeploy.pytorch.engine.engine import ResponseType, response_reqs
+    from lmdeploy.pytorch.engine.request import RequestManager, RequestType
+
+    manager = RequestManager()
+    answers: dict[int, tuple[Any, asyncio.Task[None]]] = {}
+
+    async def loop() -> None:
+        while True:
+            await manager.step()
+
+    def done(requests: list[Any]) -> None:
+        for request in requests:
+            if request.data.get("response", True):
+                response_reqs(manager, request.resp, ResponseType.SUCCESS)
+
+    def add(requests: list[Any]) -> None:
+        for request in requests:
+            answers[request.data["session_id"]] = request.resp, asyncio.create_task(answer(request.data, request.resp))
+
+    def stop(requests: list[Any]) -> None:
+        for request in requests:
+            told, answering = answers[request.data["session_id"]]
+            answering.cancel()
+            manager.reject_request(told)
+        done(requests)
+
+    async def answer(asked: dict[str, Any], told: Any) -> None:
+        sampling, ids = asked["sampling_param"], []
+        config = SimpleNamespace(stop_token_ids=sampling.stop_words, max_new_tokens=sampling.max_new_tokens)
+        outputs = Instance(core).async_stream_infer(
+            asked["session_id"], asked["token_ids"], config, asked["input_multimodals"], stream_output=True
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    ids += output.token_ids
+                    response_reqs(manager, told, output.status, {"token_ids": numpy.array(ids, numpy.int64)})
+        except Exception:
+            response_reqs(manager, told, ResponseType.INTERNAL_ENGINE_ERROR)
+            raise
+
+    manager.set_main_loop_func(loop)
+    for kind, callback in {
+        RequestType.ADD_SESSION: done,
+        RequestType.ADD_MESSAGE: add,
+        RequestType.STOP_SESSION: stop,
+        RequestType.END_SESSION: done,
+    }.items():
+        manager.bind_func(kind, callback)
+    return manager
 
 
 def install(put: Callable[[Any, str, Any], None] = setattr, **behaviour: Any) -> list[Core]:

@@ -15,11 +15,10 @@ from tests.engines.lmdeploy_line import SOON, CoreLine, Rows, until, with_core
 pytestmark = [pytest.mark.lmdeploy, pytest.mark.asyncio(loop_scope="module")]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine():
-    async with with_core(
-        MODEL, {"answer": "digest", "rules": {"slow": {"delay": 0.5, "answer": "say", "say": "z" * 200}}}
-    ) as found:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[False, True], ids=["core", "LMDeploy's handles"])
+async def engine(request: pytest.FixtureRequest):
+    slow = {"delay": 0.5, "answer": "say", "say": "z" * 200}
+    async with with_core(MODEL, {"answer": "digest", "rules": {"slow": slow}, "own_handles": request.param}) as found:
         yield found
 
 

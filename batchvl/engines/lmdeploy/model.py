@@ -29,6 +29,7 @@ from .pixels import pixel_type, prepared_elsewhere, vision_type
 from .room import Room
 from .template import Template
 from .vocabulary import Vocabulary
+from .whole import answers_whole
 
 SERIES = "0.18."
 """The LMDeploy that all here was read and measured with."""
@@ -45,6 +46,8 @@ class Loaded:
         self.engine, self.sessions, self.loop = pipe.async_engine, pipe.session_mgr, pipe.internal_thread.loop
         self.stop_ids: list[int] = self.engine.stop_words or []
         self.engine.prompt_processor = Entrance(self.engine.prompt_processor)
+        for handle in self.sessions.request_handle_pool.handles:
+            answers_whole(handle)
         self.preparing = asyncio.Semaphore(PREPARING)
         self.room = Room(max(memory() // 8, 2**30))
         self.steps = 0
