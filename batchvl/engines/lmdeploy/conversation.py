@@ -18,6 +18,7 @@ from .sampling import Stops, settings
 
 if TYPE_CHECKING:
     from .model import Loaded
+    from .prefix import Prefix
 
 PATIENCE = 2.0
 """Seconds that an aborted row has to end in order. LMDeploy's own abort does nothing for one that is not begun yet."""
@@ -39,6 +40,18 @@ class Conversation:
         self._prepared = unpack(request, arena) if is_packed(request) else None
         self._room = 0
         self._task: asyncio.Task[Response] | None = None
+        self.prefix: Prefix | None = None
+        """What is computed ahead of this row and others, of the same pictures."""
+
+    @property
+    def inputs(self) -> dict[str, Any] | None:
+        """LMDeploy's, if they are prepared whole."""
+        return None if self._prepared is None or PICTURES in self._prepared else self._prepared
+
+    @property
+    def pictures_at(self) -> int | None:
+        """Where in the arena they lie, prepared: the same for rows that share them."""
+        return self._request.extent.start if self._request.extent is not None else None
 
     async def answer(self) -> Response:
         """All turns. Raises EngineLost where LMDeploy's engine is gone."""
@@ -54,6 +67,9 @@ class Conversation:
             if not self._aborted:
                 raise
             return self._response(RowTimeout("aborted"))
+        finally:
+            if self.prefix is not None:
+                await self.prefix.over()
         return self._response()
 
     async def abort(self) -> None:
@@ -62,6 +78,8 @@ class Conversation:
         while self._task is None or not self._task.done():
             if self._session is not None:
                 await self._session.async_abort()
+            if self.prefix is not None:
+                await self.prefix.abort()
             if self._task is not None and not (await asyncio.wait([self._task], timeout=PATIENCE))[0]:
                 self._task.cancel()
             await asyncio.sleep(0)

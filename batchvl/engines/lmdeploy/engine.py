@@ -139,11 +139,19 @@ class LmdeployEngine:
     def _begin(self, requests: list[Request], emit: Callable[[Response | BaseException], None]) -> None:
         """On the pipeline's loop: each row of a list on its way."""
         from .conversation import Conversation
+        from .prefix import compute_ahead
 
         assert self._model is not None
-        for request in requests:
-            row = self._rows[request.row] = Conversation(request, self._model, self._arena)
-            self._keep(self._answer(request.row, row, emit))
+        try:
+            rows = {request.row: Conversation(request, self._model, self._arena) for request in requests}
+            if self._model.keeps_prefixes:
+                compute_ahead(rows.values(), self._model)
+        except Exception as error:  # else nobody would ever hear of these rows
+            emit(error)
+            return
+        self._rows |= rows
+        for number, row in rows.items():
+            self._keep(self._answer(number, row, emit))
 
     async def _answer(self, number: int, row: Conversation, emit: Callable[[Response | BaseException], None]) -> None:
         try:

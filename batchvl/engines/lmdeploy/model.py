@@ -45,6 +45,7 @@ class Loaded:
         self.pipe, self.info, self.chat, self.words = pipe, info, chat, words
         self.engine, self.sessions, self.loop = pipe.async_engine, pipe.session_mgr, pipe.internal_thread.loop
         self.stop_ids: list[int] = self.engine.stop_words or []
+        self.keeps_prefixes = self.engine.backend == "turbomind" and self.engine.backend_config.enable_prefix_caching
         self.engine.prompt_processor = Entrance(self.engine.prompt_processor)
         for handle in self.sessions.request_handle_pool.handles:
             answers_whole(handle)
