@@ -69,7 +69,7 @@ test-lmdeploy: $(MAIN)/.installed
 	@test "$$(uname -sm)" = 'Linux x86_64' || $(call not-run,lmdeploy: it has wheels for Linux on x86-64 only); \
 	$(MAKE) --no-print-directory $(LMDEPLOY)/.installed || { test -z "$${CI:-}" || exit 1; \
 		$(call not-run,lmdeploy: its environment could not be installed (see above)); }; \
-	$(LMDEPLOY)/bin/python -m pytest -m 'not slow and not crash' tests/engines $(ARGS)
+	$(LMDEPLOY)/bin/python -m pytest -m 'not slow and not crash' tests/engines tests/test_gpu_speed.py $(ARGS)
 
 clean:  ## remove the environments and everything built
 	rm -rf $(MAIN) $(LMDEPLOY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,9 +25,8 @@ import msgspec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from batchvl.engines.lmdeploy.config import engine_config  # noqa: E402
-from batchvl.engines.lmdeploy.libraries import turbomind_missing  # noqa: E402
 from batchvl.engines.spec import spec_of  # noqa: E402
+from batchvl.errors import UsageError  # noqa: E402
 from batchvl.options import RunOptions  # noqa: E402
 from benchmarks.scenarios import QUESTIONS, Row  # noqa: E402
 
@@ -79,11 +78,16 @@ def load(options: dict[str, Any]) -> Any:
     import lmdeploy
     from PIL import Image
 
+    from batchvl.engines.lmdeploy.model import Resolved
+
     spec = spec_of(RunOptions.of(engine="lmdeploy", **options))
     backend = spec.lmdeploy["backend"]
-    if backend == "turbomind" and (missing := turbomind_missing()):
-        sys.exit(f"TurboMind does not load: {missing}")
-    pipe = lmdeploy.pipeline(spec.model, backend_config=engine_config(spec, backend))
+    try:
+        resolved = Resolved(spec)
+        resolved.wait(print)
+    except UsageError as error:
+        sys.exit(str(error))
+    pipe = lmdeploy.pipeline(spec.model, backend_config=resolved.config)
     if pipe.async_engine.backend != backend:
         sys.exit(f"LMDeploy runs its engine {pipe.async_engine.backend} although {backend} was asked for")
     [answer] = pipe([messages(Image.new("RGB", (64, 48)), "?")], gen_config=[settings(1)])

@@ -22,7 +22,7 @@ from .. import gpu
 from ..checkpoint import find, first_line
 from ..protocol import EngineInfo, EngineSpec
 from .chat import Chat, limit_tiles, picture_settings
-from .config import choose_backend, engine_config, text_config
+from .config import choose_backend, engine_config, prefill_tokens, text_config
 from .configuration import configuration
 from .entrance import Entrance
 from .pixels import pixel_type, prepared_elsewhere, vision_type
@@ -85,22 +85,23 @@ class Resolved:
             raise ModelError(
                 f"{spec.model}: LMDeploy serves {architecture} not as a model for pictures; --engine transformers may"
             )
-        self._config = engine_config(spec, self._backend)
+        self.config = engine_config(spec, self._backend)
+        """LMDeploy's, of its engine; whole once `wait` has returned."""
         own = getattr(text_config(self._hf_config), "max_position_embeddings", None)
-        if own and (self._config.session_len or 0) > own:
-            self._note(f"--session-len {self._config.session_len}: the model was made for {own} tokens")
+        if own and (self.config.session_len or 0) > own:
+            self._note(f"--session-len {self.config.session_len}: the model was made for {own} tokens")
         self._template = Template(path, spec.lmdeploy["chat_template"], trust)
         self._note(self._template.note)
         self._chat = Chat(architecture, picture_settings(architecture, spec.max_tiles))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         self._words = Vocabulary(tokenizer, int(text_config(self._hf_config).vocab_size))
-        self._pixels = pixel_type(self._hf_config, self._config) if self._known else None
+        self._pixels = pixel_type(self._hf_config, self.config) if self._known else None
         self.preparation_spec = self._preparation()
 
     @property
     def wants_main_thread(self) -> bool:
         """Whether `load` is for the main thread: LMDeploy's executor of several processes asks for signals there."""
-        return self._backend == "pytorch" and self._config.tp > 1
+        return self._backend == "pytorch" and self.config.tp > 1
 
     def _preparation(self) -> PreparationSpec:
         """What image workers do: all that LMDeploy does before its engine, where that is known to be the same."""
@@ -125,6 +126,9 @@ class Resolved:
         """Waits for the GPU's memory, telling `say`. Raises EngineUnavailable where the weights do not fit."""
         weights = self._checkpoint.weight_bytes // self._spec.lmdeploy["tp"]
         gpu.wait_for_memory(0, weights, say)
+        if self._backend == "turbomind" and "max_prefill_token_num" not in self._spec.options:
+            language, free = text_config(self._hf_config), gpu.memory()[0] - weights
+            self.config.max_prefill_token_num = prefill_tokens(language, free, self.config.cache_max_entry_count)
         self._before = self._memory(weights)
         # Into the log, for the last words: TurboMind ends the process where memory is too little.
         print(self._before, file=sys.stderr, flush=True)
@@ -142,7 +146,7 @@ class Resolved:
             try:
                 pipe = lmdeploy.pipeline(
                     self._checkpoint.path,
-                    backend_config=self._config,
+                    backend_config=self.config,
                     chat_template_config=self._template.config,
                     trust_remote_code=self._spec.trust_remote_code,
                 )
@@ -168,10 +172,10 @@ class Resolved:
             engine="lmdeploy",
             version=lmdeploy.__version__,
             model=self._spec.model,
-            backend=f"{engine.backend} on {gpu.name()}" + (f" x {self._config.tp}" if self._config.tp > 1 else ""),
+            backend=f"{engine.backend} on {gpu.name()}" + (f" x {self.config.tp}" if self.config.tp > 1 else ""),
             revision=self._checkpoint.revision,
             template_sha256=self._template.sha256,
-            dtype=str(getattr(encoder, "mm_feature_dtype", None) or self._config.dtype).removeprefix("torch."),
+            dtype=str(getattr(encoder, "mm_feature_dtype", None) or self.config.dtype).removeprefix("torch."),
             context=engine.session_len,
             batch_size=size,
             rows=rows + max(-(-rows // 4), size),  # so that, with no room for another list, it has all that it computes
@@ -213,18 +217,19 @@ class Resolved:
         return ModelError(f"{where} cannot load it: {type(error).__name__}: {first_line(error)}")
 
     def _memory(self, weights: int) -> str:
-        tp = self._config.tp
+        tp = self.config.tp
         each = f" for each of {tp} GPUs" if tp > 1 else ""
         return f"  {gpu.told()}, of its files' weights {weights / 2**30:.1f} GiB{each}"
 
     def _advice(self) -> str:
-        config = self._config
+        config = self.config
         share, length = config.cache_max_entry_count, config.session_len or "the model's"
         return (
             f"; the k/v cache takes {share:g} of what is left\n"
             f"  what helps: end what else uses the GPU (nvidia-smi); --cache-max-entry-count below {share:g};\n"
-            f"  --session-len below {length}; --engine-option max_batch_size=N below {config.max_batch_size}; "
-            f"--quant-policy 8;\n  weights of 4 bits (an AWQ checkpoint); more GPUs (--tp {config.tp * 2})"
+            f"  --session-len below {length}; --engine-option max_batch_size=N below {config.max_batch_size};\n"
+            f"  --engine-option max_prefill_token_num=N below {config.max_prefill_token_num}; --quant-policy 8;\n"
+            f"  weights of 4 bits (an AWQ checkpoint); more GPUs (--tp {config.tp * 2})"
         )
 
     def _note(self, text: str | None) -> None:
