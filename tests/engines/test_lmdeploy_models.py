@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
@@ -406,3 +407,20 @@ async def test_a_core_that_fails_the_first_question_is_found_before_any_row(beha
 async def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "batchvl.engines.lmdeploy.model", None)
     assert "pip install 'batchvl[lmdeploy]'" in await refusal(EngineUnavailable)
+
+
+async def test_nothing_of_a_closed_engine_goes_on(monkeypatch):
+    """Also where the answer to what it asks LMDeploy each second comes at that very moment."""
+    asked, answer = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    async def probe(self, model):
+        asked.set()
+        return await answer
+
+    monkeypatch.setattr("batchvl.engines.lmdeploy.engine.LmdeployEngine._probe", probe)
+    before = asyncio.all_tasks()
+    async with with_core(MODEL) as started:
+        await asked.wait()
+        answer.set_result((1, {"status": "healthy"}))
+        await started.line.engine.close()
+        assert asyncio.all_tasks() == before

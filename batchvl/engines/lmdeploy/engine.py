@@ -116,6 +116,7 @@ class LmdeployEngine:
     async def close(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
+            await asyncio.wait([self._watching])  # what it asks is asked on a loop that is about to be closed
         if self._looking is not None:
             self._looking.cancel()
         if self._model is not None:
@@ -177,7 +178,8 @@ class LmdeployEngine:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             try:
-                tick, health = await asyncio.wait_for(self._probe(model), self._spec.hang_timeout)
+                async with asyncio.timeout(self._spec.hang_timeout):
+                    tick, health = await self._probe(model)
             except TimeoutError:
                 continue  # its loop stands still: then so do the steps, and the runner sees that
             except Exception:
