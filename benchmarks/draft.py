@@ -10,7 +10,6 @@ see benchmarks/pictures.py.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -38,22 +37,6 @@ ROUNDS = 3
 MAX_TILES = (12, 6, 1)
 ASK = Request(0, (Message("user", (Part(image=0), Part("describe this image"))),))
 MEAN, STD = (numpy.reshape(three, (3, 1, 1)) for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-CLASSIC = """
-from transformers import PretrainedConfig, Qwen2Config
-
-
-class VisionConfig(PretrainedConfig):
-    model_type = "intern_vit_6b"
-
-
-class ChatConfig(PretrainedConfig):
-    model_type = "internvl_chat"
-
-    def __init__(self, vision_config=None, llm_config=None, **kwargs):
-        super().__init__(**kwargs)
-        self.vision_config = VisionConfig(**(vision_config or {}))
-        self.llm_config = Qwen2Config(**(llm_config or {}))
-"""
 
 
 def classic(folder: Path, made: Path) -> Path:
@@ -61,15 +44,7 @@ def classic(folder: Path, made: Path) -> Path:
     folder.mkdir()
     for file in made.glob("*token*"):
         (folder / file.name).symlink_to(file)
-    (folder / "configuration.py").write_text(CLASSIC)
-    config = {
-        "model_type": "internvl_chat", "architectures": ["InternVLChatModel"],
-        "auto_map": {"AutoConfig": "configuration.ChatConfig"}, "template": "internvl2_5",
-        "vision_config": {"image_size": internvl.TILE, "patch_size": 14}, "llm_config": {},
-        "force_image_size": internvl.TILE, "downsample_ratio": 0.5, "dynamic_image_size": True,
-        "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 12,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    internvl.configure_chat(folder, {"image_size": internvl.TILE, "patch_size": 14}, {})
     return folder
 
 

@@ -12,6 +12,7 @@ answers by its configuration. See `never_end`.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,28 @@ CHAT_TEMPLATE = (
 )
 
 
+CHAT_CONFIGURATION = """
+from transformers import PretrainedConfig, Qwen2Config
+
+
+class VisionConfig(PretrainedConfig):
+    model_type = "intern_vit_6b"
+
+
+class ChatConfig(PretrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        super().__init__(**kwargs)
+        self.vision_config = VisionConfig(**(vision_config or {}))
+        self.llm_config = Qwen2Config(**(llm_config or {}))
+
+    def to_dict(self):
+        halves = {"vision_config": self.vision_config.to_dict(), "llm_config": self.llm_config.to_dict()}
+        return {**super().to_dict(), **halves}
+"""
+
+
 def make(size: str, folder: Path, max_tiles: int = 12) -> Path:
     """Writes the checkpoint, on the GPU if there is one. The folder is there once it is complete, and not before.
 
@@ -87,6 +110,33 @@ def make(size: str, folder: Path, max_tiles: int = 12) -> Path:
     processor.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     return partial.rename(folder)
+
+
+def configure_chat(folder: Path, vision: dict[str, Any], language: dict[str, Any], **more: Any) -> None:
+    """Writes the configuration of an InternVLChatModel, the form of InternVL-Chat-V1-5 to 3.5, which brings Python code
+    of its own: tiles as large as vision's image_size, at most 12 and a thumbnail.
+    """
+    (folder / "configuration_internvl_chat.py").write_text(CHAT_CONFIGURATION.lstrip())
+    config = {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_internvl_chat.ChatConfig",
+            "AutoModel": "modeling_internvl_chat.ChatModel",
+        },
+        "vision_config": vision,
+        "llm_config": language,
+        "force_image_size": vision["image_size"],
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "ps_version": "v2",
+        "template": "internvl2_5",
+        **more,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def never_end(model: Any) -> None:

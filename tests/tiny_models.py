@@ -24,6 +24,8 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from benchmarks.internvl import configure_chat
+
 CHARACTERS = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # byte-level BPE's spelling of blank and newline
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CONTEXT = 512
@@ -202,28 +204,6 @@ def smolvlm(folder: Path, seed: int = 0) -> Path:
     return _save(SmolVLMForConditionalGeneration(config), tokenizer, folder, "<image>", images, processor)
 
 
-CLASSIC = """
-from transformers import PretrainedConfig, Qwen2Config
-
-
-class VisionConfig(PretrainedConfig):
-    model_type = "tiny_vision"
-
-
-class ChatConfig(PretrainedConfig):
-    model_type = "internvl_chat"
-
-    def __init__(self, vision_config=None, llm_config=None, **kwargs):
-        super().__init__(**kwargs)
-        self.vision_config = VisionConfig(**(vision_config or {}))
-        self.llm_config = Qwen2Config(**(llm_config or {}))
-
-    def to_dict(self):
-        halves = {"vision_config": self.vision_config.to_dict(), "llm_config": self.llm_config.to_dict()}
-        return {**super().to_dict(), **halves}
-"""
-
-
 def internvl_classic(folder: Path) -> Path:
     """An InternVLChatModel, the form that brings Python code of its own: tiles of 28 x 28 pixels, 4 tokens each, at
     most 12 and a thumbnail. Its weights are empty: for preparation alone.
@@ -232,27 +212,8 @@ def internvl_classic(folder: Path) -> Path:
     tokenizer = make_tokenizer(marks, {})
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "configuration_internvl_chat.py").write_text(CLASSIC.lstrip())
-    config = {
-        "model_type": "internvl_chat",
-        "architectures": ["InternVLChatModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_internvl_chat.ChatConfig",
-            "AutoModel": "modeling_internvl_chat.ChatModel",
-        },
-        "dtype": "float16",
-        "vision_config": {"hidden_size": 128, "num_attention_heads": 2, "image_size": 28, "patch_size": 7},
-        "llm_config": _text(tokenizer, architectures=["Qwen2ForCausalLM"]),
-        "force_image_size": 28,
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "use_thumbnail": True,
-        "min_dynamic_patch": 1,
-        "max_dynamic_patch": 12,
-        "ps_version": "v2",
-        "template": "internvl2_5",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    vision = {"hidden_size": 128, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    configure_chat(folder, vision, _text(tokenizer, architectures=["Qwen2ForCausalLM"]), dtype="float16")
     save_file({"empty": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
     return folder
 

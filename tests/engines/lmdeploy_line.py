@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,14 @@ class CoreLine:
             "core": self.core.inflight,
             "blocks": self.line.arena.blocks - self.line.arena.free_blocks,
         }
+
+    @contextmanager
+    def ordered_back(self) -> Iterator[CoreLine]:
+        """The line; what is ordered of its core meanwhile is taken back."""
+        ordered = dict(self.core.behaviour)
+        yield self
+        self.core.behaviour.clear()
+        self.core.behaviour.update(ordered)
 
     async def idle(self) -> None:
         """Returns when nothing is held for any row, which is very soon after its end."""

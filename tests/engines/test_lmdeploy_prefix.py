@@ -30,11 +30,9 @@ async def engine():
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def line(engine: CoreLine):
-    ordered = dict(engine.core.behaviour)
     engine.core.asked.clear()
-    yield engine
-    engine.core.behaviour.clear()
-    engine.core.behaviour.update(ordered)
+    with engine.ordered_back() as found:
+        yield found
 
 
 async def together(line: CoreLine, prompts: Sequence[dict[str, object]], seed: int = 0) -> list[Request]:

@@ -27,10 +27,8 @@ async def engine():
 @pytest.fixture
 def line(engine: CoreLine):
     """The engine; what a test orders of its core is taken back."""
-    ordered = dict(engine.core.behaviour)
-    yield engine
-    engine.core.behaviour.clear()
-    engine.core.behaviour.update(ordered)
+    with engine.ordered_back() as found:
+        yield found
 
 
 async def outputs(line: CoreLine, prompt: object = "hello", **how):

@@ -125,7 +125,7 @@ def prefill_tokens(language: Any, free: int, share: float) -> int:
     [8192, 32768, 65536]
     """
     hidden, inner = getattr(language, "hidden_size", 0), getattr(language, "intermediate_size", 0)
-    token = 2 * (6 * hidden + 2 * inner)  # 16 bits each; measured were 30 KB where this gives 54
+    token = 2 * (6 * hidden + 2 * inner)  # 16 bits each; measured were 24 KB where this gives 54
     left = free * (1 - share) / 2  # nothing where the share is a number of blocks
     most = LEAST_PREFILL
     while token and most < MOST_PREFILL and 2 * most * token <= left:
