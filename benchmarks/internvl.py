@@ -64,7 +64,7 @@ from transformers import PretrainedConfig, Qwen2Config
 
 
 class VisionConfig(PretrainedConfig):
-    model_type = "intern_vit_6b"
+    model_type = "tiny_vision"
 
 
 class ChatConfig(PretrainedConfig):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from batchvl.shapes import MODEL
-from tests.tiny_models import CLASSIC
+from benchmarks.internvl import CHAT_CONFIGURATION
 
 Weights = dict[str, torch.Tensor]
 
@@ -107,7 +107,7 @@ def classic(folder: Path) -> Path:
         select_layer=-1,
         template="internvl2_5",
     )
-    (folder / "configuration_internvl_chat.py").write_text(CLASSIC.lstrip())
+    (folder / "configuration_internvl_chat.py").write_text(CHAT_CONFIGURATION.lstrip())
     for file in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
         (folder / file).unlink()
     return folder
