@@ -6,7 +6,7 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
@@ -25,6 +25,7 @@ from .options import RunOptions
 from .output import Output
 from .request import Request, Row
 from .resources import cpus
+from .window import together
 
 ROWS = 1000
 """Of the manifest, unless --limit says otherwise."""
@@ -32,6 +33,7 @@ MOST_PREPARED = 512
 _SHARE = 0.5
 """Of the arena, for rows that are prepared beforehand."""
 _ENOUGH = 0.95
+_LEAST_SECONDS = 30
 _BUSY = 0.75
 """Share of its time from which on a stage is taken for what the others wait for."""
 
@@ -82,9 +84,15 @@ class Comparison(msgspec.Struct, frozen=True):
             return "the image workers: more CPUs (--image-workers), or fewer tiles of a picture (--max-tiles)"
         if self.runner_busy >= _BUSY:
             return "the runner's process, which has one CPU for fetching and for handing over"
+        if self.run.seconds < _LEAST_SECONDS:
+            minute = max(1, round(60 * self.ceiling.rate))
+            return (
+                f"too few rows to tell: in {self.run.seconds:.0f} s the engine mostly fills and empties; "
+                f"--limit {minute} takes about a minute"
+            )
         return (
-            "no CPU of ours: pictures come too slowly (--fetch-concurrency, --fetch-per-host), wait for memory "
-            "(--arena-bytes), or are too few to tell (--limit)"
+            "no CPU of ours: pictures come too slowly (--fetch-concurrency, --fetch-per-host) or wait for memory "
+            "(--arena-bytes)"
         )
 
     def as_json(self) -> str:
@@ -112,9 +120,8 @@ def bench(
     """Answers some rows of a manifest twice with one engine: as `run` does, then with all prepared beforehand.
 
     Options are those of `run`; `limit` says how many rows. Nothing is kept. The rows that are prepared beforehand are
-    as many as half of the arena holds, and are asked again and again; with prefix caching they are remembered, and the
-    engine alone is faster than new pictures would have it. Raises a BatchvlError where nothing could be run, or no row
-    was answered.
+    as many as half of the arena holds, and are asked again and again, each time as if their pictures were new. Raises a
+    BatchvlError where nothing could be run, or no row was answered.
     """
     if options.get("output"):
         raise OptionError("--output: bench keeps nothing")
@@ -153,7 +160,7 @@ class Benched(Job):
                 return
             self.progress.say(f"{run.rate:,.1f} rows/s; now the engine alone, with {len(requests):,} rows in turn")
             info = await engine.started()
-            ceiling = await _alone(engine, requests, rows, together=2 * info.rows * info.replicas)
+            ceiling = await _alone(engine, requests, rows, open_rows=2 * info.rows * info.replicas)
         count = self.options.image.image_workers or cpus()
         self.found = Comparison(info, run, ceiling, len(requests), wait, busy / seconds / count, runner / seconds)
 
@@ -161,45 +168,48 @@ class Benched(Job):
         """Of the manifest's first rows, prepared until the stack is closed; none of those that fail."""
         requests: list[Request] = []
         arena = ahead.arena
-        for row in await asyncio.to_thread(self._first_rows):
+        async for rows in together(self._first_rows(), self.options.image.look_ahead):
             if arena.free_blocks <= arena.blocks * (1 - _SHARE):
                 break
             try:
-                if not row.images and not engine.prepares_text:
-                    requests.append(ahead.request(row))
+                if not rows[0].images and not engine.prepares_text:
+                    requests += map(ahead.request, rows)
                     continue
-                together = ahead.together([row])
-                stack.callback(together.done)
+                prepared = ahead.together(rows)
+                for _ in rows:
+                    stack.callback(prepared.done)
                 async with asyncio.timeout(self.options.image.prepare_timeout):
-                    ready = await together.get()
+                    ready = await prepared.get()
             except (RowError, RowFailed):
                 continue
             except TimeoutError:  # a large one waits for what those before it hold
                 break
-            if isinstance(request := ready.requests[row.number], Request):
-                requests.append(request)
+            requests += (request for request in ready.requests.values() if isinstance(request, Request))
         return requests
 
-    def _first_rows(self) -> list[Row]:
+    async def _first_rows(self) -> AsyncIterator[Row]:
         rows = chain.from_iterable(self.manifest.rows(self.shard))
-        return [row for row in islice(rows, MOST_PREPARED) if row.failure is None]
+        for row in await asyncio.to_thread(lambda: list(islice(rows, MOST_PREPARED))):
+            if row.failure is None:
+                yield row
 
 
-async def _alone(engine: Replicas, requests: Sequence[Request], rows: int, together: int) -> Pace:
-    """So many rows, the requests in turn, as the engine takes them: `together` are always there for it."""
+async def _alone(engine: Replicas, requests: Sequence[Request], rows: int, open_rows: int) -> Pace:
+    """So many rows, the requests in turn, as the engine takes them: `open_rows` are always there for it."""
     turns = iter(range(rows))
     answered = tokens = 0
 
     async def ask() -> None:
         nonlocal answered, tokens
         for turn in turns:
-            request = msgspec.structs.replace(requests[turn % len(requests)], row=turn)
+            before, at = divmod(turn, len(requests))
+            request = msgspec.structs.replace(requests[at], row=turn, cache_salt=1 + before)  # 0 was the run's
             response = await engine.answer(request)
             answered += 1
             tokens += response.output_tokens or 0
 
     begin = time.monotonic()
     async with asyncio.TaskGroup() as asking:
-        for _ in range(min(together, rows)):
+        for _ in range(min(open_rows, rows)):
             asking.create_task(ask())
     return Pace(answered, tokens, time.monotonic() - begin)

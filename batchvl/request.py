@@ -155,6 +155,8 @@ class Request(Struct, frozen=True):
     extent: Extent | None = None
     """Where the prepared tensors lie, once there are any."""
     tensors: tuple[Tensor, ...] = ()
+    cache_salt: int = 0
+    """What an engine remembers of pictures is of use to rows with the same salt only."""
 
 
 class Response(Struct, frozen=True):

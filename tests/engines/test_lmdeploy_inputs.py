@@ -12,7 +12,7 @@ from batchvl.request import Extent, Request, Tensor
 pytestmark = pytest.mark.lmdeploy
 
 
-def crossed(inputs):
+def crossed(inputs, salt=0):
     """Inputs after their way through an arena."""
     from batchvl.engines.lmdeploy.inputs import pack, unpack
 
@@ -22,7 +22,7 @@ def crossed(inputs):
         tensors.append(Tensor(name, dtype or array.dtype.name, array.shape, at))
         arena.at(Extent(at, array.nbytes))[:] = array.tobytes()
         at += -(-array.nbytes // 64) * 64
-    return unpack(Request(0, (), extent=Extent(0, at), tensors=tuple(tensors)), arena)
+    return unpack(Request(0, (), extent=Extent(0, at), tensors=tuple(tensors), cache_salt=salt), arena)
 
 
 def test_all_that_lmdeploy_gives_comes_out_as_it_went_in():
@@ -52,6 +52,20 @@ def test_all_that_lmdeploy_gives_comes_out_as_it_went_in():
                 assert numpy.array_equal(after[key], value)
             else:
                 assert (type(after[key]), after[key]) == (int if key == "count" else type(value), value)
+
+
+def test_a_salt_gives_pictures_other_fingerprints_and_nothing_else():
+    from batchvl.engines.lmdeploy.inputs import PICTURES
+
+    pictures = [{"offset": number, "fingerprint": bytes([number]) * 32} for number in range(2)] + [{"offset": 2}]
+    for key in (PICTURES, "multimodal"):
+        found = [crossed({key: pictures, "input_ids": [1]}, salt) for salt in (0, 1, 2, 1)]
+        assert found[0] == {key: pictures, "input_ids": [1]}
+        assert found[1] == found[3]
+        prints = {picture.pop("fingerprint") for each in found[:3] for picture in each[key][:2]}
+        assert len(prints) == 6, "one for each picture and salt"
+        assert {len(each) for each in prints} == {32}
+        assert found[0] == found[1] == found[2]
 
 
 def test_what_cannot_cross_is_named():

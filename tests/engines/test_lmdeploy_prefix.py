@@ -103,6 +103,15 @@ async def test_rows_that_begin_otherwise_have_nothing_in_common(line: CoreLine):
     assert len({each.prompt for each in line.core.asked}) == 4
 
 
+async def test_rows_of_another_salt_have_nothing_in_common(line: CoreLine):
+    asked = await together(line, QUESTIONS)
+    asked = [msgspec.structs.replace(request, cache_salt=number % 2) for number, request in enumerate(asked)]
+
+    assert len(await answers(line, asked)) == 3
+
+    assert len(line.core.asked) == 3 + 1, "two rows share a salt"
+
+
 async def test_where_it_fails_the_rows_do_without(line: CoreLine, tmp_path):
     once = {"status": "INTERNAL_ENGINE_ERROR", "after": 0, "once": str(tmp_path / "once")}
     line.core.behaviour["rules"] = {"user": once}

@@ -8,9 +8,10 @@ import sys
 import pytest
 from PIL import Image
 
-from batchvl.bench import Comparison, Pace, bench
+from batchvl.bench import Comparison, Pace, _alone, bench
 from batchvl.engines.protocol import EngineInfo
 from batchvl.errors import BatchvlError, OptionError
+from batchvl.request import Request, Response
 
 from ..manifest.writing import write
 from .running import children, engine_options, questions, shell
@@ -59,14 +60,33 @@ def test_rows_that_fill_the_arena_are_not_waited_for(tmp_path):
 
 
 def test_what_limits_is_told_by_what_is_busy():
-    def limit(ratio, workers=0.1, runner=0.1):
-        pace, info = Pace(100, 100, 1.0), EngineInfo("fake", "1", "none")
-        return Comparison(info, Pace(int(100 * ratio), 1, 1.0), pace, 1, 0.5, workers, runner).limit
+    def limit(ratio, workers=0.1, runner=0.1, seconds=100.0):
+        pace, info = Pace(int(100 * seconds), 100, seconds), EngineInfo("fake", "1", "none")
+        run = Pace(int(100 * ratio * seconds), 1, seconds)
+        return Comparison(info, run, pace, 1, 0.5, workers, runner).limit
 
     assert limit(0.97, workers=0.99).startswith("the engine itself")
     assert limit(0.5, workers=0.9, runner=0.8).startswith("the image workers")
     assert limit(0.5, workers=0.8, runner=0.95).startswith("the runner's process")
     assert limit(0.5).startswith("no CPU of ours")
+    assert limit(0.5, seconds=4.0).startswith("too few rows to tell: in 4 s")
+    assert "--limit 6000 " in limit(0.5, seconds=4.0)
+    assert limit(0.5, workers=0.9, seconds=4.0).startswith("the image workers")
+
+
+async def test_the_engine_alone_is_asked_about_pictures_that_it_has_not_seen():
+    """An engine that remembers pictures would else be faster with the same few than with new ones."""
+    asked = []
+
+    class Asked:
+        async def answer(self, request):
+            asked.append(request)
+            return Response(request.row, ("yes",), output_tokens=2)
+
+    pace = await _alone(Asked(), [Request(7, ()), Request(8, ())], 5, open_rows=1)
+
+    assert (pace.rows, pace.tokens) == (5, 10)
+    assert [(request.row, request.cache_salt) for request in asked] == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 3)]
 
 
 def test_nothing_is_kept_and_nothing_may_be_named_for_it(tmp_path):

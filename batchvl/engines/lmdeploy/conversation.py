@@ -49,9 +49,10 @@ class Conversation:
         return None if self._prepared is None or PICTURES in self._prepared else self._prepared
 
     @property
-    def pictures_at(self) -> int | None:
-        """Where in the arena they lie, prepared: the same for rows that share them."""
-        return self._request.extent.start if self._request.extent is not None else None
+    def pictures_at(self) -> tuple[int, int] | None:
+        """Where in the arena they lie, prepared, and their salt: the same for rows that share them."""
+        request = self._request
+        return (request.extent.start, request.cache_salt) if request.extent is not None else None
 
     async def answer(self) -> Response:
         """All turns. Raises EngineLost where LMDeploy's engine is gone."""

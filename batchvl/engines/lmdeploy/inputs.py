@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -57,7 +58,9 @@ def pack(inputs: Mapping[str, Any]) -> dict[str, numpy.ndarray]:
 
 
 def unpack(request: Request, arena: ArenaView) -> dict[str, Any]:
-    """What was packed. Its tensors are the arena's own memory: they hold until the request's extent is released."""
+    """What was packed. Its tensors are the arena's own memory: they hold until the request's extent is released.
+    Its pictures' fingerprints are other ones for each salt.
+    """
     assert request.extent is not None
     memory = arena.at(request.extent)
     body, *rest = request.tensors
@@ -72,6 +75,10 @@ def unpack(request: Request, arena: ArenaView) -> dict[str, Any]:
         return tensor.numpy() if code == _ARRAY else tensor
 
     inputs: dict[str, Any] = decode(memory[body.offset : body.offset + body.shape[0]], ext_hook=special)
+    if request.cache_salt:
+        for picture in inputs.get(PICTURES) or inputs.get("multimodal") or ():
+            if (own := picture.get("fingerprint")) is not None:
+                picture["fingerprint"] = hashlib.sha256(own + request.cache_salt.to_bytes(8, "little")).digest()
     return inputs
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def compute_ahead(rows: Iterable[Conversation], model: Loaded) -> None:
     """Has LMDeploy begin with what rows of a list have in common, before any of them is begun."""
-    groups: defaultdict[int | None, list[tuple[Conversation, dict[str, Any]]]] = defaultdict(list)
+    groups: defaultdict[tuple[int, int] | None, list[tuple[Conversation, dict[str, Any]]]] = defaultdict(list)
     for row in rows:
         if row.inputs is not None:
             groups[row.pictures_at].append((row, row.inputs))
