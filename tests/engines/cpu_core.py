@@ -301,7 +301,6 @@ def install(put: Callable[[Any, str, Any], None] = setattr, **behaviour: Any) ->
     import lmdeploy.utils
 
     from batchvl.engines import gpu
-    from batchvl.engines.lmdeploy import config
 
     behaviour = behaviour or json.loads(os.environ.get(VARIABLE, "{}"))
     cores: list[Core] = []
@@ -314,7 +313,6 @@ def install(put: Callable[[Any, str, Any], None] = setattr, **behaviour: Any) ->
     put(gpu, "count", lambda: behaviour.get("gpus", 1))
     put(gpu, "name", lambda _=0: "no GPU")
     put(gpu, "memory", lambda _=0: (2**34, 2**34))
-    put(config, "MOST_ROWS", ROWS)
     put(lmdeploy.utils, "get_max_batch_size", lambda _: ROWS)
     return cores
 

@@ -266,6 +266,29 @@ async def test_options_reach_the_engine():
         assert started.line.info.context == 333
 
 
+def test_turbomind_is_set_up_by_the_gpu_s_memory_unless_it_is_told():
+    from transformers import Qwen2Config
+
+    from batchvl.engines.lmdeploy.config import engine_config
+    from batchvl.engines.lmdeploy.defaults import fill_in
+
+    language = Qwen2Config(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2
+    )
+
+    def config(free, **told):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lmdeploy.utils.get_max_batch_size", lambda _: 1024)
+            found = engine_config(spec("model", flags={"backend": "turbomind"}, options=told), "turbomind")
+        fill_in(found, told, language, free)
+        return found.max_batch_size, found.max_prefill_token_num, found.enable_prefix_caching
+
+    assert config(75 * 2**30) == (512, 65_536, True)
+    assert config(6 * 2**30) == (256, 8192, True)
+    told = {"max_batch_size": 77, "max_prefill_token_num": 1234, "enable_prefix_caching": False}
+    assert config(75 * 2**30, **told) == (77, 1234, False)
+
+
 async def test_auto_is_pytorch_here_and_says_why():
     told = await info(flags={"backend": "auto"})
     asked = await info()

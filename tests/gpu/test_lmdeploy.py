@@ -310,7 +310,7 @@ def test_memory_that_grows_has_the_engine_started_afresh(tmp_path: Path) -> None
 def test_rows_about_the_same_pictures_share_what_turbomind_keeps_of_them(tmp_path: Path) -> None:
     """Their common beginning goes ahead; pictures of up to four tiles end somewhere within a block of 64 tokens."""
     manifest = questions(tmp_path / "m.jsonl", 1200)
-    options = ("--model", "shapes", "--backend", "turbomind", "--engine-option", "enable_prefix_caching=true", *SMALL)
+    options = ("--model", "shapes", "--backend", "turbomind", *SMALL)
     run = Run(tmp_path / "out", *options, manifest=manifest).wait()
     assert run.code == 0
     assert run.right() == 1200

@@ -10,13 +10,9 @@ from ...errors import EngineUnavailable, ModelError, OptionError
 from ..checkpoint import first_line
 from ..protocol import EngineSpec
 from .chat import INTERNVL
+from .defaults import LEAST_ROWS, MOST_ROWS
 from .libraries import turbomind_missing
 
-MOST_ROWS = 256
-"""Rows that the engine computes at once, unless max_batch_size says otherwise: where speed stops growing with them."""
-LEAST_PREFILL, MOST_PREFILL = 2**13, 2**16
-"""Tokens of prompts that TurboMind computes at once: LMDeploy's own number, and the one up to which speed was seen to
-grow. It encodes a picture anew for each part of its prompt: of prompts of 3,370 tokens two fit into 8,192 whole."""
 KNOWN_HEADS = (64, 128)
 """Sizes of vision heads that TurboMind has kernels for. Of another it aborts the process."""
 
@@ -72,7 +68,8 @@ def text_config(config: Any) -> Any:
 
 
 def engine_config(spec: EngineSpec, backend: str) -> Any:
-    """LMDeploy's TurbomindEngineConfig or PytorchEngineConfig of the run's options.
+    """LMDeploy's TurbomindEngineConfig or PytorchEngineConfig of the run's options, as far as they go without the GPU's
+    memory being looked at: see `defaults.py`.
 
     Raises OptionError for an --engine-option that there is none of, or a value that it cannot have.
     """
@@ -96,8 +93,12 @@ def engine_config(spec: EngineSpec, backend: str) -> Any:
         **{name: value for name, value in flags.items() if value is not None},
         **spec.options,
     }
+    most = LEAST_ROWS
+    if backend == "turbomind":
+        most = MOST_ROWS
+        values.setdefault("enable_prefix_caching", True)  # costs nothing where nothing is shared
     if "max_batch_size" not in values:
-        values["max_batch_size"] = min(MOST_ROWS, get_max_batch_size("cuda"))
+        values["max_batch_size"] = min(most, get_max_batch_size("cuda"))
     try:
         config = TypeAdapter(kind).validate_python(values)
         assert config.max_batch_size > 0, "max_batch_size must be positive"  # with none it would wait for ever
@@ -108,29 +109,6 @@ def engine_config(spec: EngineSpec, backend: str) -> Any:
         raise OptionError(f"LMDeploy's {kind.__name__} refuses {where}: {found['msg']}") from None
     except (AssertionError, TypeError, ValueError) as error:
         raise OptionError(f"LMDeploy's {kind.__name__}: {first_line(error)}") from None
-
-
-def prefill_tokens(language: Any, free: int, share: float) -> int:
-    """For TurboMind's max_prefill_token_num: as many as half of the memory is enough for that its k/v cache leaves.
-
-    language: the configuration of a model's language half. free: bytes, once the weights are loaded. share: of these,
-    the cache's, as in cache_max_entry_count.
-
-    >>> from types import SimpleNamespace
-    >>> small = SimpleNamespace(hidden_size=1536, intermediate_size=8960)
-    >>> large = SimpleNamespace(hidden_size=3584, intermediate_size=18944)
-    >>> [prefill_tokens(small, gib << 30, 0.8) for gib in (8, 20, 136)]
-    [8192, 32768, 65536]
-    >>> [prefill_tokens(large, gib << 30, 0.8) for gib in (8, 64, 124)]
-    [8192, 32768, 65536]
-    """
-    hidden, inner = getattr(language, "hidden_size", 0), getattr(language, "intermediate_size", 0)
-    token = 2 * (6 * hidden + 2 * inner)  # 16 bits each; measured were 24 KB where this gives 54
-    left = free * (1 - share) / 2  # nothing where the share is a number of blocks
-    most = LEAST_PREFILL
-    while token and most < MOST_PREFILL and 2 * most * token <= left:
-        most *= 2
-    return most
 
 
 def _named(message: str, values: dict[str, Any]) -> str:

@@ -22,8 +22,9 @@ from .. import gpu
 from ..checkpoint import find, first_line
 from ..protocol import EngineInfo, EngineSpec
 from .chat import Chat, limit_tiles, picture_settings
-from .config import choose_backend, engine_config, prefill_tokens, text_config
+from .config import choose_backend, engine_config, text_config
 from .configuration import configuration
+from .defaults import fill_in
 from .entrance import Entrance
 from .pixels import pixel_type, prepared_elsewhere, vision_type
 from .room import Room
@@ -126,9 +127,9 @@ class Resolved:
         """Waits for the GPU's memory, telling `say`. Raises EngineUnavailable where the weights do not fit."""
         weights = self._checkpoint.weight_bytes // self._spec.lmdeploy["tp"]
         gpu.wait_for_memory(0, weights, say)
-        if self._backend == "turbomind" and "max_prefill_token_num" not in self._spec.options:
-            language, free = text_config(self._hf_config), gpu.memory()[0] - weights
-            self.config.max_prefill_token_num = prefill_tokens(language, free, self.config.cache_max_entry_count)
+        if self._backend == "turbomind":
+            free = gpu.memory()[0] - weights
+            fill_in(self.config, self._spec.options, text_config(self._hf_config), free)
         self._before = self._memory(weights)
         # Into the log, for the last words: TurboMind ends the process where memory is too little.
         print(self._before, file=sys.stderr, flush=True)
