@@ -158,11 +158,11 @@ def visible() -> list[str]:
 
 def checkpoint(scenario: Scenario, folder: Path) -> Path:
     """The scenario's model, made unless it is there. In a process of its own, whose GPU memory is free afterwards."""
-    made = folder / f"{scenario.size}-{scenario.max_tiles}"
+    made = folder / "-".join([scenario.size, str(scenario.max_tiles), *["fp8"] * scenario.fp8])
     if not made.is_dir():
         print(f"{made}: being made", flush=True)
         command = [sys.executable, str(ROOT / "benchmarks" / "internvl.py"), scenario.size, str(made)]
-        subprocess.run([*command, "--max-tiles", str(scenario.max_tiles)], check=True)
+        subprocess.run([*command, "--max-tiles", str(scenario.max_tiles), *["--fp8"] * scenario.fp8], check=True)
     return made
 
 

@@ -1,6 +1,7 @@
 """Writes an InternVL checkpoint of a real size with random weights: for speed and memory, not for answers.
 
     python benchmarks/internvl.py 2b /tmp/internvl-2b --max-tiles 12
+    python benchmarks/internvl.py 8b /tmp/internvl-8b-fp8 --fp8
 
 The folder is one of InternVLForConditionalGeneration, which LMDeploy's engines and transformers load without network.
 Sizes are those of InternVL3-2B and -8B: InternViT-300M and Qwen2.5-1.5B or -7B; tiny is for trying things out.
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GotOcr2ImageProcessor,
@@ -36,6 +39,7 @@ WORDS = VOCABULARY - len(SPECIAL) - 64
 """Tokens that stand for text, the first of all. The last 64 stand for nothing, as in Qwen's vocabulary."""
 TILE = 448
 TOKENS_A_TILE = 256
+BLOCK = 128
 
 
 def _layers(hidden: int, count: int, heads: int, intermediate: int, **more: int) -> dict[str, int]:
@@ -81,10 +85,11 @@ class ChatConfig(PretrainedConfig):
 """
 
 
-def make(size: str, folder: Path, max_tiles: int = 12) -> Path:
+def make(size: str, folder: Path, max_tiles: int = 12, fp8: bool = False) -> Path:
     """Writes the checkpoint, on the GPU if there is one. The folder is there once it is complete, and not before.
 
-    max_tiles: of a picture, besides its thumbnail; 1 makes no tiles at all.
+    max_tiles: of a picture, besides its thumbnail; 1 makes no tiles at all. fp8: the language half's matrices in
+    8 bits.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -99,7 +104,10 @@ def make(size: str, folder: Path, max_tiles: int = 12) -> Path:
     finally:
         torch.set_default_dtype(before)
     never_end(model)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, max_shard_size="100GB")
+    del model
+    if fp8:
+        _quantize(partial)
     square = {"height": TILE, "width": TILE}
     images = GotOcr2ImageProcessor(
         size=square, crop_to_patches=max_tiles > 1, min_patches=1, max_patches=max_tiles,
@@ -147,6 +155,30 @@ def never_end(model: Any) -> None:
         model.get_output_embeddings().weight[WORDS:] = 0
 
 
+def _quantize(folder: Path) -> None:
+    """The language half's matrices as FP8 numbers (E4M3) with a scale for each block of 128 x 128: the form of
+    DeepSeek-V3's checkpoints, and of the -FP8 ones of Qwen3.
+    """
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if re.search(r"^language_model\..*\.layers\..*_proj\.weight$", name)]:
+        tensors[name], tensors[name + "_scale_inv"] = _in_blocks(tensors[name])
+    save_file(tensors, file, {"format": "pt"})
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _in_blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix (outputs x inputs, both divisible by BLOCK) in FP8, and the scales of its blocks."""
+    rows, columns = matrix.shape
+    blocks = matrix.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    small = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    return small.reshape(rows, columns), scales
+
+
 def _config(size: str, tokenizer: Any) -> InternVLConfig:
     vision, text = SIZES[size]
     return InternVLConfig(
@@ -188,5 +220,6 @@ if __name__ == "__main__":
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--max-tiles", type=int, default=12, help="of a picture; 1 turns tiling off")
+    parser.add_argument("--fp8", action="store_true", help="the language half's matrices in 8 bits")
     told = parser.parse_args()
-    make(told.size, told.folder, told.max_tiles)
+    make(told.size, told.folder, told.max_tiles, told.fp8)

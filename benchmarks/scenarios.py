@@ -48,6 +48,8 @@ class Scenario:
     """For `pipe(list)`, which is slower by far."""
     questions: int = 1
     """About each picture, one after another."""
+    fp8: bool = False
+    """Whether the model's language half has its matrices in 8 bits."""
     gpus: int | None = None
     """What --gpus is told; None tells it nothing, which is one GPU."""
     options: Options = ()
@@ -69,7 +71,7 @@ class Scenario:
 
     def __str__(self) -> str:
         tiles = "1 tile" if self.max_tiles == 1 else f"{self.max_tiles + 1} tiles"
-        parts = [self.size.upper(), "{}x{}".format(*self.picture), tiles]
+        parts = [self.size.upper() + " FP8" * self.fp8, "{}x{}".format(*self.picture), tiles]
         parts += [f"{self.questions} questions a picture"] * (self.questions > 1)
         parts += map(shown, self.options)
         parts += [f"{self.gpus} GPU{'s' * (self.gpus > 1)}"] if self.gpus else []
@@ -79,8 +81,8 @@ class Scenario:
 def shown(option: tuple[str, str]) -> str:
     """An option for people.
 
-    >>> shown(("engine_option", "enable_prefix_caching=true")), shown(("image_workers", "4"))
-    ('enable_prefix_caching=true', 'image_workers=4')
+    >>> shown(("engine_option", "enable_prefix_caching=false")), shown(("image_workers", "4"))
+    ('enable_prefix_caching=false', 'image_workers=4')
     """
     name, value = option
     return value if name == "engine_option" else f"{name}={value}"
@@ -88,17 +90,20 @@ def shown(option: tuple[str, str]) -> str:
 
 SMALL, LARGE, CAMERA = (640, 480), (1280, 960), (4000, 3000)
 ONE_TILE = Scenario("2b-1tile", "2b", SMALL, 1, 8000, 1280)
-QUESTIONED = Scenario("2b-questions-plain", "2b", LARGE, 12, 1000, 320, questions=len(QUESTIONS))
-CACHED = replace(
-    QUESTIONED, name="2b-questions-cached", rows=3000, options=(("engine_option", "enable_prefix_caching=true"),)
+TILES = Scenario("2b-13tiles", "2b", LARGE, 12, 1000, 288)
+LARGER = Scenario("8b-13tiles", "8b", LARGE, 12, 448, 192)
+QUESTIONED = Scenario("2b-questions-cached", "2b", LARGE, 12, 3000, 320, questions=len(QUESTIONS))
+NOT_CACHED = replace(
+    QUESTIONED, name="2b-questions-plain", rows=1000, options=(("engine_option", "enable_prefix_caching=false"),)
 )
 GPUS = [replace(ONE_TILE, name=f"2b-1tile-gpus-{gpus}", gpus=gpus) for gpus in (1, 2, 4)]
 SCENARIOS: dict[str, list[Scenario]] = {
     "2b-1tile": [ONE_TILE],
-    "2b-13tiles": [Scenario("2b-13tiles", "2b", LARGE, 12, 1000, 288)],
-    "8b-13tiles": [Scenario("8b-13tiles", "8b", LARGE, 12, 448, 192)],
+    "2b-13tiles": [TILES],
+    "8b-13tiles": [LARGER],
     "2b-12mp": [Scenario("2b-12mp", "2b", CAMERA, 12, 1000, 160)],
-    "2b-questions": [QUESTIONED, CACHED],
+    "fp8": [replace(each, name=f"{each.name}-fp8", fp8=True) for each in (ONE_TILE, TILES, LARGER)],
+    "2b-questions": [NOT_CACHED, QUESTIONED],
     "2b-1tile-gpus": GPUS,
     "tiny": [Scenario("tiny", "tiny", SMALL, 1, 256, 64)],  # whether all of this works: no figures to be kept
 }

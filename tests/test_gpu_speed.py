@@ -97,7 +97,7 @@ def test_all_questions_of_a_picture_follow_one_another():
     rows = gpu.rows_of(plain, "run", 25)
     assert [(row.picture, row.question) for row in rows] == [(0, n) for n in range(10)] + [(1, n) for n in range(10)]
     assert len(QUESTIONS) == 10
-    assert (plain.options, cached.options) == ((), (("engine_option", "enable_prefix_caching=true"),))
+    assert (plain.options, cached.options) == ((("engine_option", "enable_prefix_caching=false"),), ())
     assert cached.different
 
 
@@ -279,6 +279,31 @@ def test_three_systems_answer_the_same_at_the_length_they_are_told(tmp_path, mon
     assert results[2]["gpu_wait"] is not None
     assert "| TINY, 640x480, 1 tile, dtype=float16, pytorch |" in said
     assert command(tmp_path, "--out", str(out))[1].splitlines()[2] in said, "the table once more"
+
+
+@pytest.mark.lmdeploy
+def test_a_checkpoint_of_8_bits_has_a_scale_for_each_block(tmp_path):
+    from safetensors.torch import load_file
+
+    from benchmarks.internvl import make
+
+    whole, small = (
+        load_file(make("tiny", tmp_path / str(fp8), max_tiles=1, fp8=fp8) / "model.safetensors")
+        for fp8 in (False, True)
+    )
+    scaled = {name for name in small if name.endswith("_scale_inv")}
+    assert len(scaled) == 2 * 7, "of each layer's attention four, and of its other half three"
+    assert small.keys() - scaled == whole.keys()
+    assert all("language_model" in name for name in scaled)
+    for name, tensor in whole.items():
+        if (scales := small.get(name + "_scale_inv")) is None:
+            assert tensor.equal(small[name])
+            continue
+        assert scales.shape == (tensor.shape[0] // 128, tensor.shape[1] // 128)
+        again = small[name].float() * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert (again - tensor).norm() / tensor.norm() < 0.04, "three bits behind the first"
+    config = json.loads((tmp_path / "True" / "config.json").read_text())
+    assert config["text_config"]["quantization_config"]["quant_method"] == "fp8"
 
 
 @pytest.mark.lmdeploy
