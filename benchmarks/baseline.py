@@ -136,8 +136,7 @@ class Ceiling:
         from batchvl.engines.lmdeploy.whole import answers_whole
 
         self._pipe, self._engine, self._rows = pipe, pipe.async_engine, job.rows
-        for handle in pipe.session_mgr.request_handle_pool.handles:
-            answers_whole(handle)
+        answers_whole(pipe.session_mgr)
         gc.collect()
         gc.freeze()
         self._loop = pipe.internal_thread.loop

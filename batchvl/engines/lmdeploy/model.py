@@ -48,8 +48,7 @@ class Loaded:
         self.stop_ids: list[int] = self.engine.stop_words or []
         self.keeps_prefixes = self.engine.backend == "turbomind" and self.engine.backend_config.enable_prefix_caching
         self.engine.prompt_processor = Entrance(self.engine.prompt_processor)
-        for handle in self.sessions.request_handle_pool.handles:
-            answers_whole(handle)
+        answers_whole(self.sessions)
         self.preparing = asyncio.Semaphore(PREPARING)
         self.room = Room(max(memory() // 8, 2**30))
         self.steps = 0

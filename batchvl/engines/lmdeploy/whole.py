@@ -15,10 +15,11 @@ from lmdeploy.messages import ResponseType
 from lmdeploy.pytorch.engine.engine_instance import EngineInstance
 
 
-def answers_whole(handle: Any) -> None:
-    """Has one of LMDeploy's handles honour `stream_output`, if it is its PyTorch engine's own. TurboMind's do."""
-    if isinstance(handle, EngineInstance):
-        _Whole(handle)
+def answers_whole(sessions: Any) -> None:
+    """Has the handles of LMDeploy's SessionManager honour `stream_output`, its PyTorch engine's own. TurboMind's do."""
+    for handle in sessions.request_handle_pool.handles:
+        if isinstance(handle, EngineInstance):
+            _Whole(handle)
 
 
 class _Whole:
