@@ -1,7 +1,7 @@
 """How near `batchvl run` comes to what the GPU can do, and how far LMDeploy's own loop is from it.
 
     python benchmarks/gpu.py 2b-13tiles                     # TurboMind; about four minutes on an H200
-    python benchmarks/gpu.py 2b-1tile --only run --option image_workers=12 --option engine_option=max_batch_size=512
+    python benchmarks/gpu.py 2b-1tile --only run --option image_workers=12 --option engine_option=max_batch_size=1024
     python benchmarks/gpu.py --out results                  # nothing but the table of results that lie there
 
 Three systems answer the same questions about distinct pictures, greedily, in 16 to 128 tokens, 72 on average:
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(SYSTEMS), metavar="SYSTEMS", help="of ceiling,loop,run")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE",
-        help="an option of `batchvl run`, for all three, such as engine_option=max_batch_size=512; may be repeated",
+        help="an option of `batchvl run`, for all three, such as engine_option=max_batch_size=1024; may be repeated",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results as JSON, a file each")
     parser.add_argument("--models", type=Path, default=MODELS, metavar="DIR", help=f"for checkpoints [{MODELS}]")

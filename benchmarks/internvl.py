@@ -104,8 +104,7 @@ def make(size: str, folder: Path, max_tiles: int = 12, fp8: bool = False) -> Pat
     finally:
         torch.set_default_dtype(before)
     never_end(model)
-    model.save_pretrained(partial, max_shard_size="100GB")
-    del model
+    model.save_pretrained(partial, max_shard_size="100GB")  # one file, which is then all that there is to quantise
     if fp8:
         _quantize(partial)
     square = {"height": TILE, "width": TILE}
