@@ -64,7 +64,7 @@ class Comparison(msgspec.Struct, frozen=True):
     prepared: int
     """Rows that were prepared beforehand, which the ceiling's were made of."""
     gpu_wait: float
-    """In which the engine could have computed more rows than it had."""
+    """In which the engine was short of rows."""
     workers_busy: float
     """Of the image workers' time, all together."""
     runner_busy: float

@@ -187,7 +187,8 @@ class Job:
             stack.callback(asyncio.create_task(self.progress.tick()).cancel)
             self._opening = asyncio.current_task()
             try:
-                encoded, prepared = (Arena(max(1, size // 2 // _BLOCK), _BLOCK) for _ in range(2))
+                # Pixels of thirteen tiles are 16 MB, their file a hundredth of that.
+                encoded, prepared = (Arena(max(1, part // _BLOCK), _BLOCK) for part in (size // 4, size * 3 // 4))
             except OSError as error:
                 raise OptionError(f"--arena-bytes: no {Size(size)} of memory to be had: {error.strerror}") from None
             stack.callback(encoded.close)
@@ -238,7 +239,7 @@ class Job:
         if info.model == self.spec.model:
             info = msgspec.structs.replace(info, model=self.options.model.model)  # "shapes", not where it lies here
         self._engine = info
-        self.progress.starting, self.progress.gpu_wait = False, lambda: engine.wait_share
+        self.progress.engine_up(lambda: engine.wait_share)
         output.describe({"batchvl": __version__, "engine": msgspec.json.encode(info).decode()})
         self.progress.say(f"{info}, lists of {info.batch_size} rows")
         for note in info.notes:

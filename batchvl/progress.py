@@ -33,16 +33,18 @@ class Progress:
         self.images = self.input_tokens = self.output_tokens = 0
         self._expected, self._before, self._quiet = expected, before, quiet
         self._spent: Counter[str] = Counter()
-        self.starting = True
-        """Whether the engine is not up yet."""
-        self.gpu_wait: Callable[[], float] = lambda: 0.0
-        """The share of the time in which the engine could have computed more rows than it had."""
+        self._up_at: float | None = None
+        self._gpu_wait: Callable[[], float] = lambda: 0.0
         self._bar: tqdm[Any] | None = None
         if not quiet and sys.stderr.isatty():
             self._bar = tqdm(
                 total=expected(), initial=before.rows, unit=" rows", dynamic_ncols=True, smoothing=0.05,
                 desc="starting the engine",
             )  # fmt: skip
+
+    def engine_up(self, gpu_wait: Callable[[], float]) -> None:
+        """Rates are told from now on. gpu_wait: the share of the time in which the engine was short of rows."""
+        self._up_at, self._gpu_wait = time.monotonic(), gpu_wait
 
     def spent(self, name: str, seconds: float) -> None:
         """A row's time in a stage."""
@@ -70,7 +72,7 @@ class Progress:
         """Keeps telling how far it is, also where nothing is committed for long."""
         while True:
             await asyncio.sleep(LOG_SECONDS)
-            if self._bar is None:
+            if self._bar is None and self._before.rows + self.committed.rows != self._expected():
                 self.say(self._line())
 
     def say(self, text: str) -> None:
@@ -113,18 +115,21 @@ class Progress:
         return {name: round(value / rows, 6) for name, value in {**spent, "waiting": waiting}.items()}
 
     def _rates(self) -> str:
-        seconds = max(self.seconds, 1e-9)
+        seconds = self._up_seconds()
         parts = [f"{self.output_tokens / seconds:,.0f} tokens/s"]
         if self.images:
             parts.insert(0, f"{self.images / seconds:,.1f} images/s")
         failed = self._before.failures + self.committed.failures
-        return ", ".join([*parts, f"{failed:,} failed", f"the engine waits {self.gpu_wait():.0%}"])
+        return ", ".join([*parts, f"{failed:,} failed", f"the engine waits {self._gpu_wait():.0%}"])
+
+    def _up_seconds(self) -> float:
+        return max(time.monotonic() - (self._up_at or self.started), 1e-9)
 
     def _line(self) -> str:
-        if self.starting:
+        if self._up_at is None:
             return f"the engine is starting, for {tqdm.format_interval(int(self.seconds))} so far"
         done, total = self._before.rows + self.committed.rows, self._expected()
-        rate = self.committed.rows / max(self.seconds, 1e-9)
+        rate = self.committed.rows / self._up_seconds()
         of, left = f" of {total:,}" if total is not None else "", ""
         if total is not None and rate > 0:
             left = f", {tqdm.format_interval(int((total - done) / rate))} left"

@@ -40,7 +40,7 @@ class Summary(msgspec.Struct):
     engine_seconds: float
     """For how long the engine was up, from the first rows that it was handed to its last answer."""
     gpu_wait: float
-    """The share of these, 0 to 1, in which it could have computed more rows than it had."""
+    """The share of these, 0 to 1, in which it was short of rows."""
     engine_deaths: int
     engine_restarts: int
     """How often the engine was started afresh because its memory had grown."""

@@ -80,7 +80,7 @@ class Engine(Protocol):
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds so far in which it was up and could have computed more rows than it had."""
+        """Seconds so far in which it was up and short of rows: could have computed more, and faster for it."""
         ...
 
     async def resolve(self) -> PreparationSpec | None:

@@ -161,7 +161,7 @@ class Replicas:
 
     @property
     def wait_share(self) -> float:
-        """The share of these in which it could have computed more rows than it had, 0 to 1."""
+        """The share of these in which it was short of rows, 0 to 1."""
         waited = sum(feed.uptime.wait_seconds for feed in self._queue.feeds) / len(self._replicas)
         return min(1.0, waited / self.seconds) if self.seconds else 0.0
 

@@ -15,7 +15,7 @@ class Uptime:
         self.seconds = 0.0
         """That the engine was up between the first list and the latest answer."""
         self.wait_seconds = 0.0
-        """That it could have computed more rows than it had, between the first list and the latest."""
+        """That it was short of rows, between the first list and the latest."""
         self._begun = False
         self._up_before = self._waited = self._told = 0.0
         self._up_since: float | None = None

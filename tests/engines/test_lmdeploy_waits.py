@@ -25,7 +25,7 @@ async def waited(line: CoreLine) -> float:
     return (engine.wait_seconds - before) / (time.monotonic() - since)
 
 
-async def test_it_waits_for_rows_while_a_handle_is_free_and_no_row_waits_for_memory(monkeypatch):
+async def test_it_waits_for_rows_while_half_of_the_handles_are_free_and_no_row_waits_for_memory(monkeypatch):
     async with with_core(MODEL, {"answer": "digest", "rules": {"go on": {"hang": True}}}) as line:
         assert await waited(line) == pytest.approx(1, abs=0.2), "without rows"
 
@@ -37,14 +37,16 @@ async def test_it_waits_for_rows_while_a_handle_is_free_and_no_row_waits_for_mem
             while line.core.inflight < min(rows, ROWS):
                 await asyncio.sleep(0.01)
 
-        await fill(ROWS - 1)
-        assert await waited(line) == pytest.approx(1, abs=0.2), "with one handle left"
+        await fill(ROWS // 2 - 1)
+        assert await waited(line) == pytest.approx(1, abs=0.2), "with one row less than half"
         with monkeypatch.context() as patch:
             metrics = line.core.get_schedule_metrics()
             metrics.waiting_seqs = 2
             patch.setattr(line.core, "get_schedule_metrics", lambda: metrics)
             assert await waited(line) == 0, "rows wait for memory"
         assert await waited(line) == pytest.approx(1, abs=0.2), "no more"
+        await fill(ROWS // 2)
+        assert await waited(line) == 0, "with half of the rows"
         await fill(ROWS + 2)
         assert await waited(line) == 0, "it computes all that it can, and two wait for a handle"
 

@@ -52,10 +52,10 @@ def test_rows_that_fill_the_arena_are_not_waited_for(tmp_path):
     small, large = {"prompt": "?", "image": "a.png"}, {"prompt": "?", "images": ["a.png"] * 64}
     options = {"look_ahead": 0, "prepare_timeout": "2s"}
 
-    found = compare(write(tmp_path / "m.jsonl", [small] * 6), arena_bytes="512KiB", **options)
+    found = compare(write(tmp_path / "m.jsonl", [small] * 6), arena_bytes="384KiB", **options)
     assert (found.run.rows, found.ceiling.rows, found.prepared) == (6, 6, 2)
 
-    found = compare(write(tmp_path / "n.jsonl", [small, large, small]), arena_bytes="384KiB", **options)
+    found = compare(write(tmp_path / "n.jsonl", [small, large, small]), arena_bytes="256KiB", **options)
     assert (found.run.rows, found.ceiling.rows, found.prepared) == (3, 3, 1)
 
 

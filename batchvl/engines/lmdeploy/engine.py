@@ -58,7 +58,7 @@ class LmdeployEngine:
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds in which LMDeploy had a handle free, and no row waited for memory."""
+        """Seconds in which LMDeploy had half of its handles free, and no row waited for memory."""
         return self._waits.seconds if self._waits else 0.0
 
     async def resolve(self) -> PreparationSpec:

@@ -1,4 +1,4 @@
-"""How long LMDeploy could have computed more rows than it had."""
+"""How long LMDeploy was short of rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ one for memory: the rows in it are what the engine cannot compute."""
 
 
 class Waits:
-    """Looks, now and then, whether one of LMDeploy's handles is free and no row waits for memory.
+    """Looks, now and then, whether half of LMDeploy's handles are free and no row waits for memory.
 
-    A row has a handle from the end of its preparation to its last token.
+    A row has a handle from the end of its preparation to its last token. Half of the rows is what it computes nearly as
+    fast with (docs/performance.md: a twentieth slower to a tenth), and what rows of many tiles may be kept to by the
+    arena, with the GPU as busy as can be.
     """
 
     def __init__(self, model: Loaded) -> None:
@@ -40,7 +42,7 @@ class Waits:
                 now = time.monotonic()
                 if not (await self._engine.get_schedule_metrics()).waiting_seqs:
                     empty = now
-                self._room.set(self._pool.num_dispatched < self._pool.size and now - empty < QUEUE_SECONDS)
+                self._room.set(2 * self._pool.num_dispatched < self._pool.size and now - empty < QUEUE_SECONDS)
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
             self._room.set(False)
