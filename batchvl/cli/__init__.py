@@ -1,0 +1,27 @@
+"""The command line: parses, makes one call into the library, turns an error into an exit code. No logic."""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from .machine import demo, doctor
+from .output import merge
+from .refusal import EXIT_CODES
+from .run import bench, run
+
+__all__ = ["EXIT_CODES", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="batchvl")
+def main() -> None:
+    """Offline batch inference of vision-language models.
+
+    batchvl run manifest.parquet answers every row of a manifest: a prompt and pictures, from Parquet, JSONL, CSV or a
+    folder of pictures. The same command goes on where it stopped.
+    """
+
+
+for command in (run, bench, merge, demo, doctor):
+    main.add_command(command)
