@@ -15,8 +15,17 @@ from collections.abc import Sequence
 
 from ..errors import TooLarge
 from ..request import Extent
+from ..resources import MIB, memory
 
 PAGE = 4096
+BLOCK = 64 * 1024
+"""Bytes of a block, unless told otherwise."""
+_LEAST, _MOST = 256 * MIB, 8192 * MIB
+
+
+def usual_bytes(engines: int = 1) -> int:
+    """Bytes for pictures, encoded and prepared, unless --arena-bytes says how many."""
+    return min(max(memory() // 8, _LEAST), _MOST * engines)
 
 
 class ArenaView:
@@ -59,7 +68,7 @@ class Arena(ArenaView):
     8
     """
 
-    def __init__(self, blocks: int, block_bytes: int = 64 * 1024) -> None:
+    def __init__(self, blocks: int, block_bytes: int = BLOCK) -> None:
         if blocks < 1 or block_bytes < PAGE or block_bytes % PAGE:
             raise ValueError(f"{blocks} blocks of {block_bytes} bytes: want one or more, of a multiple of {PAGE} bytes")
         fd = os.memfd_create("batchvl-arena", os.MFD_CLOEXEC)

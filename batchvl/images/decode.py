@@ -13,7 +13,15 @@ from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .. import request
-from ..errors import CorruptPicture, NotAPicture, PrepareError, PrepareFailed, TooManyPixels, TruncatedPicture
+from ..errors import (
+    CorruptPicture,
+    NotAPicture,
+    PrepareError,
+    PrepareFailed,
+    TooManyPictures,
+    TooManyPixels,
+    TruncatedPicture,
+)
 from ..options import ImageOptions
 from .draft import Used, draft
 from .rgb import to_rgb
@@ -42,6 +50,12 @@ def strict() -> None:
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     PIL.Image.MAX_IMAGE_PIXELS = None
+
+
+def check_count(pictures: int, limits: ImageOptions) -> None:
+    """Raises TooManyPictures where a row has more than --max-images."""
+    if pictures > limits.max_images:
+        raise TooManyPictures(f"{pictures} pictures in the row, at most {limits.max_images} are allowed (--max-images)")
 
 
 def decode(

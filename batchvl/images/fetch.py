@@ -22,7 +22,7 @@ from .room import Room
 from .source import source_label
 from .web import MAX_REDIRECTS, Passing, check_scheme, check_status, failure
 
-__all__ = ["Fetched", "Fetcher", "source_label"]
+__all__ = ["Fetched", "Fetcher", "check_given", "source_label"]
 
 _HEADERS = {
     "User-Agent": f"batchvl/{__version__} (+offline batch inference)",
@@ -123,7 +123,7 @@ class Fetcher:
         if not pictures:
             return Fetched(tuple(Source(source_label(image), image) for image in files), self._arena, ())
         for image in pictures:
-            self._check(image)
+            check_given(image, self._options.max_image_bytes)
         room = Room(self._arena, pictures, self._options.max_image_bytes)
         try:
             if not await self._download(room):
@@ -144,16 +144,6 @@ class Fetcher:
             for image in images
         )
         return Fetched(sources, self._arena, tuple(room.extents))
-
-    def _check(self, image: WebImage | InlineImage) -> None:
-        limit = self._options.max_image_bytes
-        if isinstance(image, WebImage):
-            check_scheme(image)
-        elif not image.data:
-            raise EmptyPicture(f"{source_label(image)}: has no bytes")
-        elif len(image.data) > limit:
-            found = f"has {len(image.data):,} bytes, more than --max-image-bytes {limit:,}"
-            raise TooManyBytes(f"{source_label(image)}: {found}")
 
     async def _download(self, room: Room) -> bool:
         """Fetches the row's web pictures; False where some of them overran their shares."""
@@ -236,6 +226,20 @@ class Fetcher:
         if not end:
             raise EmptyPicture(f"{download.label}: has no bytes")
         room.expect(place, end)
+
+
+def check_given(image: WebImage | InlineImage, limit: int) -> None:
+    """What is wrong with a picture by what the manifest says of it; at most `limit` bytes are allowed.
+
+    Raises UnsupportedSource, EmptyPicture or TooManyBytes.
+    """
+    if isinstance(image, WebImage):
+        check_scheme(image)
+    elif not image.data:
+        raise EmptyPicture(f"{source_label(image)}: has no bytes")
+    elif len(image.data) > limit:
+        found = f"has {len(image.data):,} bytes, more than --max-image-bytes {limit:,}"
+        raise TooManyBytes(f"{source_label(image)}: {found}")
 
 
 def _passing(state: tenacity.RetryCallState) -> Passing:

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..errors import BatchvlError, PrepareFailed, RowError, TooManyPictures
+from ..errors import BatchvlError, PrepareFailed, RowError
 from ..lifeline import hold, tie
 from ..request import Failure, Image
 from ..values import parse
 from ..wire import Wire
 from .arena import ArenaView
-from .decode import decode, strict
+from .decode import check_count, decode, strict
 from .files import open_beneath
 from .layout import Layout
 from .messages import Died, Done, Failed, Fork, Grant, Job, Need, Ready, Setup, Source, ToHost, ToWorker
@@ -176,9 +176,7 @@ def _prepare(
     pictures: list[PIL.Image.Image] = []
     used = preparation.used if isinstance(preparation, Scaling) else None
     try:
-        if len(job.sources) > setup.limits.max_images:
-            found, most = len(job.sources), setup.limits.max_images
-            raise TooManyPictures(f"{found} pictures in the row, at most {most} are allowed (--max-images)")
+        check_count(len(job.sources), setup.limits)
         for number, source in enumerate(job.sources):
             data = _bytes(source, setup, encoded)
             picture, images[number] = decode(data, setup.limits, source.label, used)

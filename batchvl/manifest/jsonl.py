@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 
 from ..errors import InvalidRow, ManifestError
 from .columns import Columns
 from .files import Files
 from .index import Place
+from .jsontypes import JsonTypes
 from .reader import Cells
 from .stream import MAX_LINE, CutLine, TextFile
 from .text import TextReader
@@ -56,6 +59,19 @@ class JsonlReader(TextReader[bytes]):
         super().use(columns)
         kinds = self._ids.get(columns.id or "", set())
         self.id_type = None if not kinds else "int64" if kinds == {int} else "string"
+
+    def types(self) -> pa.Schema:
+        decode = msgspec.json.Decoder(dict[str, Any]).decode
+        found = JsonTypes()
+        rows = 0
+        for path in self.files:
+            with TextFile(path) as file:
+                for raw, _ in self.records(file, Place()):
+                    rows += 1
+                    with suppress(InvalidRow):
+                        found.add(_decoded(decode, raw))
+        self.total = rows
+        return found.schema()
 
     def records(self, file: TextFile, start: Place) -> Iterator[tuple[bytes, Place]]:
         number = start.line

@@ -35,7 +35,7 @@ from batchvl.errors import (
 )
 from batchvl.images.datauri import decode_data_uri
 from batchvl.images.decode import FORMATS, decode
-from batchvl.images.files import open_beneath
+from batchvl.images.files import check_beneath, open_beneath
 from batchvl.options import ImageOptions
 
 LIMITS = ImageOptions()
@@ -480,3 +480,21 @@ def test_no_descriptor_is_left_open(folder: Path) -> None:
         except (EmptyPicture, MissingFile, ForbiddenPath):
             pass
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["cat", "inside", "empty", "outside", "../secret", "nothing", "dangling", "loop", "pipe", "sub", "a\0b", "sub/dog"],
+)
+def test_files_are_checked_without_opening_them(folder: Path, path: str) -> None:
+    """With the errors that opening has."""
+    (folder / "sub" / "dog").write_bytes(b"a large dog")
+    told: list[object] = []
+    for look in (open_beneath, check_beneath):
+        try:
+            look(path, [folder], 5)
+        except (EmptyPicture, MissingFile, ForbiddenPath, TooManyBytes) as error:
+            told.append((type(error), str(error)))
+        else:
+            told.append(None)
+    assert told[0] == told[1]
