@@ -17,26 +17,27 @@ async def together(rows: AsyncIterator[Row], size: int) -> AsyncIterator[list[Ro
     """The rows in groups: those among `size` rows ahead that have the same pictures in the same order, up to
     MOST_TOGETHER, and each of the others alone. Groups come in the order of their first rows.
 
-    size: 0 or 1 leaves the rows as they come.
+    rows: in the manifest's order.
+    size: of the manifest's rows, so that where few are left between those that are done, the first does not wait until
+    so many are found. 0 or 1 leaves the rows as they come.
     """
     groups: deque[tuple[Hashable, list[Row]]] = deque()
     unfilled: dict[Hashable, list[Row]] = {}
-    ahead = carried = 0  # rows in the window, and the bytes that they carry
+    carried = 0  # bytes that the rows in the window carry
     async for row in rows:
         key = _pictures(row)
-        if (group := unfilled.get(key)) is None:
+        if (group := unfilled.get(key)) is None or row.number - group[0].number >= size:
             group = unfilled[key] = []
             groups.append((key, group))
         group.append(row)
         if len(group) == MOST_TOGETHER:
             del unfilled[key]  # the next row with these pictures begins another
-        ahead, latest = ahead + 1, row.inline_bytes
+        latest = row.inline_bytes
         carried += latest
-        while groups and (ahead >= size or carried - latest > INLINE_BYTES):
+        while groups and (row.number - groups[0][1][0].number >= size - 1 or carried - latest > INLINE_BYTES):
             key, group = groups.popleft()
             if unfilled.get(key) is group:
                 del unfilled[key]
-            ahead -= len(group)
             if carried:
                 carried -= sum(row.inline_bytes for row in group)
             yield group

@@ -30,9 +30,11 @@ import json, resource, sys
 import batchvl
 summary = batchvl.run(sys.argv[1], output=sys.argv[2], engine="fake", quiet=True, **json.loads(sys.argv[3]))
 own = resource.getrusage(resource.RUSAGE_SELF)
+# Not ru_maxrss, which has what the process was before it became this program.
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps(dict(
     exit_code=summary.exit_code, rows=summary.rows, seconds=summary.seconds,
-    cpu=own.ru_utime + own.ru_stime, peak=own.ru_maxrss * 1024,
+    cpu=own.ru_utime + own.ru_stime, peak=int(status["VmHWM"].split()[0]) * 1024,
 )))
 """
 

@@ -35,6 +35,17 @@ async def test_only_those_within_the_window_do():
     assert found == [[0, 3], *([number] for number in range(1, 12) if number != 3)]
 
 
+async def test_where_few_rows_are_left_the_first_does_not_wait_for_as_many():
+    taken = []
+
+    async def left():
+        for number in range(5, 100_000, 10_000):
+            taken.append(number)
+            yield row(number, "a")
+
+    assert [len(taken) async for _ in together(left(), 4096)] == [*range(2, 11), 10]
+
+
 @pytest.mark.parametrize("size", [0, 1])
 async def test_without_a_window_rows_stay_as_they_come(size):
     assert await groups([row(0, "a"), row(1, "a")], size) == [[0], [1]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from itertools import islice
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -30,11 +29,11 @@ class PictureReader:
         self.id_type: IdType | None = "string" if columns.id else None
         self.kept = pa.schema([(name, pa.string()) for name in columns.keep])
 
+    def types(self) -> pa.Schema:
+        return pa.schema([(name, pa.string()) for name in self.available])
+
     def estimate(self) -> int | None:
         return self.total
-
-    def count(self, folder: Path | None, fingerprint: str) -> int:
-        return self.total or 0
 
     def chunks(self, names: tuple[str, ...], rows: range, skip: Container[int]) -> Iterator[Chunk]:
         chunk: Chunk = []

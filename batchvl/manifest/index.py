@@ -1,16 +1,18 @@
-"""The index of a text manifest: where every thousandth row begins, so that a shard does not read those before it."""
+"""The index of a text manifest: where every thousandth row begins, so that a shard does not read those before it, nor a
+run that goes on those that are done. It grows as the manifest is read.
+"""
 
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
+import sys
 from pathlib import Path
 from uuid import uuid4
 
 import msgspec
 
 STEP = 1000
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -21,35 +23,45 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FileIndex(msgspec.Struct):
-    """A file's rows, and the places of rows 0, STEP, 2 STEP, …; of a compressed file no places, for it has no seek."""
+    """The places of a file's rows 0, STEP, 2 STEP, …, as far as they are known; of a compressed file none, for it has
+    no seek.
+    """
 
-    rows: int = 0
     places: list[Place] = []
+    rows: int | None = None
+    """None while its end has not been reached."""
 
 
 class Index(msgspec.Struct):
-    """What the first shard counted, for those after it."""
+    """What is known of the files, which is all of each but the last, and as much of that as was read."""
 
-    fingerprint: str
-    files: list[FileIndex]
+    fingerprint: str = ""
+    """The manifest's."""
+    files: list[FileIndex] = []
+    whole: bool = False
+    """Whether these are all the files, with all their rows."""
     format: int = _FORMAT
 
     @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
+    def rows(self) -> int | None:
+        """The manifest's rows; None while its end has not been reached."""
+        return self.seek(sys.maxsize)[1] if self.whole else None
 
     def seek(self, number: int) -> tuple[int, int, Place]:
-        """The place at or before a row: the file, the row that begins there, and the place."""
-        starts = [0]
-        for file in self.files:
-            starts.append(starts[-1] + file.rows)
-        at = min(bisect_right(starts, number) - 1, len(self.files) - 1)
-        places = self.files[at].places
-        step = min((number - starts[at]) // STEP, len(places) - 1)
-        return (at, starts[at] + step * STEP, places[step]) if places else (at, starts[at], Place())
+        """The last place known at or before a row: the file, the row that begins there, and the place.
+
+        One file more than there are where all of them are known and the row is not in them.
+        """
+        start = 0
+        for at, file in enumerate(self.files):
+            if file.rows is None or number < start + file.rows:
+                step = min((number - start) // STEP, len(file.places) - 1)
+                return (at, start + step * STEP, file.places[step]) if file.places else (at, start, Place())
+            start += file.rows
+        return len(self.files), start, Place()
 
     def write(self, folder: Path) -> None:
-        """Writes the index for other shards. Two that write at once write the same."""
+        """Writes the index for other shards and later runs. What of two that write at once remains is right."""
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{path_in(folder).name}.{uuid4().hex}"
         try:
@@ -65,7 +77,7 @@ def path_in(folder: Path) -> Path:
 
 
 def read(folder: Path, fingerprint: str) -> Index | None:
-    """The index that another shard wrote; None where there is none for this manifest.
+    """The index that another shard or an earlier run wrote; None where there is none for this manifest.
 
     It is not fsynced, since it can be made anew: one that a crash left torn counts as none.
     """

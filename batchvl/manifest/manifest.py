@@ -24,7 +24,7 @@ from .parquet import ParquetReader
 from .reader import Reader
 from .rows import IdType, RowMaker
 from .table import CsvReader
-from .text import EVERY_ROW
+from .text import EVERY_ROW, TextReader
 
 ALL = Shard()
 CHECKED_IDS = 100_000
@@ -33,7 +33,7 @@ _CHECKED_BYTES = 64 * 2**20
 _LOOKED_AT = 100
 _FEW = 10
 
-_READERS: dict[Format, type[ParquetReader | JsonlReader | CsvReader | PictureReader]] = {
+READERS: dict[Format, type[ParquetReader | JsonlReader | CsvReader | PictureReader]] = {
     "parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader, "pictures": PictureReader,
 }  # fmt: skip
 
@@ -62,7 +62,10 @@ class Manifest:
         """Pictures' relative paths start here."""
         self.fingerprint: str = fingerprint(files)
         """Tells this manifest from others: by contents, not by place or time."""
-        self._files, self._reader, self._columns, self._options = files, reader, columns, options
+        self.files = files
+        self.roles = columns
+        """The columns that are read, by what they are for."""
+        self._reader, self._options = reader, options
 
     @classmethod
     def open(cls, source: str | Path, options: ManifestOptions, prompt: PromptOptions) -> Manifest:
@@ -72,7 +75,7 @@ class Manifest:
         an option or the prompt's template names is missing or of a wrong type.
         """
         files = find(source)
-        reader: Reader = _READERS[files.format](files)
+        reader: Reader = READERS[files.format](files)
         available = reader.available
         if options.prompt_column in available:
             available = tuple(dict.fromkeys((*available, "prompt")))
@@ -121,7 +124,7 @@ class Manifest:
             if len(first) >= _FEW and all(row.failure and row.failure.code == "invalid_row" for row in first):
                 reason = first[0].failure.message if first[0].failure else ""
                 raise ManifestError(f"each of the first {len(first)} rows is bad; the first: {reason}")
-        if self._reader.id_type is not None and self._files.format != "pictures":
+        if self._reader.id_type is not None and self.files.format != "pictures":
             self._check_ids()
 
     def _check_ids(self) -> None:
@@ -147,7 +150,7 @@ class Manifest:
                 )
 
     def _ids(self) -> Iterator[tuple[int, int | str]]:
-        columns = Columns(id=self._columns.id)
+        columns = Columns(id=self.roles.id)
         maker = RowMaker(columns, self._reader.id_type)
         most = min(CHECKED_IDS, _CHECKED_BYTES // max(1, self._reader.row_bytes))
         for chunk in self._reader.chunks(columns.read, range(self._limited(most) or 0), ()):
@@ -160,19 +163,21 @@ class Manifest:
     ) -> Iterator[list[Row]]:
         """The shard's rows that are not in `skip`, in order, lazily, in lists of at most 256 rows and about 8 MiB.
 
-        A bad row has its `failure` set. Of text with several shards, an index is read from `index_folder`, and
-        written where it is not there. Blocks. Raises ManifestError where a file can no longer be read.
+        A bad row has its `failure` set. Of text, an index is kept in `index_folder` for other shards and later runs,
+        and all is read for it first where there are several. Blocks. Raises ManifestError where a file can no longer
+        be read.
         """
-        total = self.total
-        if total is None and shard.count > 1:
-            total = self._limited(self._reader.count(index_folder, self.fingerprint))
-        if total is not None:
+        if isinstance(self._reader, TextReader):
+            self._reader.index_in(index_folder, self.fingerprint)
+            if shard.count > 1:
+                self._reader.count()
+        if (total := self.total) is not None:
             return self._rows(shard.rows(total), skip)
         return self._rows(EVERY_ROW[: self._options.limit], skip)
 
     def _rows(self, numbers: range, skip: Container[int]) -> Iterator[list[Row]]:
         text = self._reader.is_text
-        maker = RowMaker(self._columns, self._reader.id_type, json_lists=self._files.format == "csv", keep_text=text)
+        maker = RowMaker(self.roles, self._reader.id_type, json_lists=self.files.format == "csv", keep_text=text)
         make = maker.row
-        for chunk in self._reader.chunks(self._columns.read, numbers, skip):
+        for chunk in self._reader.chunks(self.roles.read, numbers, skip):
             yield [make(number, cells) for number, cells in chunk]

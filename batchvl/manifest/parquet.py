@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Container, Iterator
-from itertools import accumulate, repeat
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import InvalidRow, ManifestError
 from .arrow import beyond_python, label_type, plain, uses
 from .columns import Columns
 from .files import Files
-from .reader import CHUNK_BYTES, CHUNK_ROWS, Chunk
+from .reader import CHUNK_BYTES, CHUNK_ROWS, Batch, Chunk, missing, nulls
 from .rows import IdType
 
 _READ_AHEAD = 2**18
@@ -86,10 +86,36 @@ class ParquetReader:
     def estimate(self) -> int | None:
         return self.total
 
-    def count(self, folder: Path | None, fingerprint: str) -> int:
-        return self.total or 0
-
     def chunks(self, names: tuple[str, ...], rows: range, skip: Container[int]) -> Iterator[Chunk]:
+        for group in self._groups(rows, skip):
+            yield from group.chunks(names, self._as_text, skip)
+
+    def types(self) -> pa.Schema:
+        """Every column with its type, without dictionary or extension. Files may lack columns that others have.
+
+        Raises ManifestError where a column is of two types, or two columns have one name.
+        """
+        fields: dict[str, tuple[pa.Field, Path]] = {}
+        for at, schema in enumerate(self._schemas):
+            path = self._files.folder / self._names[self._schema_of.index(at)]
+            for name in schema.names:
+                self._check_once(path, schema, name)
+                field = pa.field(name, plain(schema.field(name).type))
+                known, where = fields.setdefault(name, (field, path))
+                if types.is_null(known.type):
+                    fields[name] = field, path
+                elif known.type != field.type and not types.is_null(field.type):
+                    raise ManifestError(
+                        f"{path}: column {name!r} is {field.type}, but {known.type} in {where}: it cannot be joined"
+                    )
+        return pa.schema([field for field, _ in fields.values()])
+
+    def batches(self, schema: pa.Schema, rows: range, skip: Container[int]) -> Iterator[Batch]:
+        for group in self._groups(rows, skip):
+            yield from group.batches(schema)
+
+    def _groups(self, rows: range, skip: Container[int]) -> Iterator[_Group]:
+        """The row groups that have some of the rows that are not in `skip`."""
         for at in range(max(0, bisect_right(self._starts, rows.start) - 1), len(self._names)):
             start = self._starts[at]
             if start >= rows.stop:
@@ -98,11 +124,11 @@ class ParquetReader:
             with _open(path) as file:
                 if file.metadata.num_rows != self._starts[at + 1] - start:
                     raise ManifestError(f"{path}: has changed while it was read")
-                for group in range(file.num_row_groups):
-                    stop = start + file.metadata.row_group(group).num_rows
-                    wanted = range(max(start, rows.start), min(stop, rows.stop))
-                    if wanted and not all(number in skip for number in wanted):
-                        yield from _group(file, group, names, self._as_text, start, wanted, skip, str(path))
+                for number in range(file.num_row_groups):
+                    stop = start + file.metadata.row_group(number).num_rows
+                    here = range(max(start, rows.start), min(stop, rows.stop))
+                    if next(missing(here, skip), None) is not None:
+                        yield _Group(path, file, number, start, here)
                     start = stop
 
     def _where(self) -> str:
@@ -119,41 +145,76 @@ def _open(path: Path) -> pq.ParquetFile:
         raise ManifestError(f"{path}: is no whole Parquet file (truncated?): {str(error).rstrip('.')}") from None
 
 
-def _group(
-    file: pq.ParquetFile,
-    group: int,
-    names: tuple[str, ...],
-    as_text: Container[str],
-    start: int,
-    wanted: range,
-    skip: Container[int],
-    path: str,
-) -> Iterator[Chunk]:
-    """A row group's wanted rows. Where its data is corrupt the rest of its rows are errors; other groups go on."""
-    number = start
-    try:
-        size = _batch_rows(file.metadata.row_group(group), names)
-        for batch in file.iter_batches(size, row_groups=[group], columns=list(names), use_threads=False):
-            here = range(number, number + batch.num_rows)
-            number = here.stop
-            if here.start >= wanted.stop:
-                return
-            if here.stop <= wanted.start or all(one in skip for one in here):
+class _Group:
+    """A row group of an open file, and which of the manifest's rows are wanted of it.
+
+    Where its data is corrupt the rest of its rows cannot be read; other groups go on.
+    """
+
+    def __init__(self, path: Path, file: pq.ParquetFile, number: int, start: int, wanted: range) -> None:
+        self._path, self._file, self._number, self._start, self._wanted = path, file, number, start, wanted
+
+    def chunks(self, names: tuple[str, ...], as_text: Container[str], skip: Container[int]) -> Iterator[Chunk]:
+        for here, batch in self._read(names):
+            numbers = list(missing(here, skip))
+            if not numbers:
                 continue
-            # Cells stand as often as the rows do, even where no column is read.
-            lists = [_values(batch.column(name), name in as_text, path, here.start) for name in names]
+            if isinstance(batch, InvalidRow):
+                yield [(one, batch) for one in numbers]
+                continue
+            first = numbers[0]
+            batch = batch.slice(first - here.start, numbers[-1] + 1 - first)
+            lists = [_values(batch.column(name), name in as_text, str(self._path), first) for name in names]
             chunk: Chunk = []
-            for one, _, *cells in zip(here, repeat(None), *lists, strict=False):
-                if one in wanted and one not in skip:
-                    bad = next((cell for cell in cells if type(cell) is InvalidRow), None)
-                    chunk.append((one, tuple(cells) if bad is None else bad))
-            if chunk:
-                yield chunk
-    except (OSError, pa.ArrowException) as error:
-        reason = f"{path}: row group {group} cannot be read: {error}"
-        rest = [one for one in wanted if one >= number and one not in skip]
-        for at in range(0, len(rest), CHUNK_ROWS):
-            yield [(one, InvalidRow(reason)) for one in rest[at : at + CHUNK_ROWS]]
+            for one in numbers:
+                cells = tuple([values[one - first] for values in lists])
+                bad = next((cell for cell in cells if type(cell) is InvalidRow), None)
+                chunk.append((one, cells if bad is None else bad))
+            yield chunk
+
+    def batches(self, schema: pa.Schema) -> Iterator[Batch]:
+        there = [name for name in schema.names if name in self._file.schema_arrow.names]
+        for here, batch in self._read(tuple(there)):
+            if isinstance(batch, InvalidRow):
+                yield Batch(here, nulls(schema, len(here)), frozenset(here))
+                continue
+            bad: set[int] = set()
+            columns = [
+                self._column(batch, field, bad) if field.name in there else pa.nulls(len(here), field.type)
+                for field in schema
+            ]
+            yield Batch(here, pa.RecordBatch.from_arrays(columns, schema=schema), frozenset(here[at] for at in bad))
+
+    def _column(self, batch: pa.RecordBatch, field: pa.Field, bad: set[int]) -> pa.Array:
+        """The values with the field's type; those that are none (strings not in UTF-8) are null, their places bad."""
+        column = _stored(batch.column(field.name))
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            values = _values(column, False, str(self._path), 0)
+            bad |= {at for at, value in enumerate(values) if type(value) is InvalidRow}
+            column = pa.array([None if type(value) is InvalidRow else value for value in values], column.type)
+        return column if column.type == field.type else column.cast(field.type)
+
+    def _read(self, names: tuple[str, ...]) -> Iterator[tuple[range, pa.RecordBatch | InvalidRow]]:
+        """The wanted rows, in batches of about CHUNK_BYTES."""
+        number = self._start
+        wanted = self._wanted
+        try:
+            size = _batch_rows(self._file.metadata.row_group(self._number), names)
+            for batch in self._file.iter_batches(
+                size, row_groups=[self._number], columns=list(names), use_threads=False
+            ):  # fmt: skip
+                here = range(max(number, wanted.start), min(number + batch.num_rows, wanted.stop))
+                if here:
+                    yield here, batch.slice(here.start - number, len(here))
+                number += batch.num_rows
+                if number >= wanted.stop:
+                    return
+        except (OSError, pa.ArrowException) as error:
+            reason = InvalidRow(f"{self._path}: row group {self._number} cannot be read: {error}")
+            for start in range(max(number, wanted.start), wanted.stop, CHUNK_ROWS):
+                yield range(start, min(start + CHUNK_ROWS, wanted.stop)), reason
 
 
 def _batch_rows(group: Any, names: tuple[str, ...]) -> int:
@@ -165,6 +226,13 @@ def _batch_rows(group: Any, names: tuple[str, ...]) -> int:
             read += column.total_uncompressed_size
     fitting: int = CHUNK_BYTES * group.num_rows // max(1, read)
     return max(1, min(CHUNK_ROWS, fitting))
+
+
+def _stored(column: pa.Array) -> pa.Array:
+    """The column without dictionary or extension."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    return column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
 
 
 def _values(column: pa.Array, as_text: bool, path: str, first: int) -> list[Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Container, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -18,6 +17,38 @@ CHUNK_BYTES = 8 * 2**20
 Cells = tuple[Any, ...]
 Chunk = list[tuple[int, Cells | RowError]]
 """Numbers of rows with their cells, or with the error that stands in their place."""
+
+
+@runtime_checkable
+class HasGaps(Protocol):
+    """A set of row numbers that need not be asked for each of millions."""
+
+    def missing(self, rows: range) -> Iterator[int]:
+        """The rows of `rows` that are not in the set, in order."""
+
+
+def missing(rows: range, skip: Container[int]) -> Iterator[int]:
+    """The rows that are not in `skip`, in order.
+
+    >>> list(missing(range(3, 7), {4, 5}))
+    [3, 6]
+    """
+    return skip.missing(rows) if isinstance(skip, HasGaps) else (row for row in rows if row not in skip)
+
+
+class Batch(NamedTuple):
+    """Some rows as Arrow columns."""
+
+    rows: Sequence[int]
+    """Their numbers, ascending."""
+    columns: pa.RecordBatch
+    bad: frozenset[int] = frozenset()
+    """Those of them that could not be read, as a whole or in part: they have nulls."""
+
+
+def nulls(schema: pa.Schema, rows: int) -> pa.RecordBatch:
+    """Rows without any value."""
+    return pa.RecordBatch.from_arrays([pa.nulls(rows, field.type) for field in schema], schema=schema)
 
 
 class Reader(Protocol):
@@ -43,11 +74,14 @@ class Reader(Protocol):
     def estimate(self) -> int | None:
         """About how many rows there are, by what was read so far."""
 
-    def count(self, folder: Path | None, fingerprint: str) -> int:
-        """Finds `total`: for text from the index in `folder`, which is written if it is not there."""
-
     def chunks(self, names: tuple[str, ...], rows: range, skip: Container[int]) -> Iterator[Chunk]:
         """The rows that are not in `skip`, in order and lazily, as cells in the order of `names`.
 
-        A chunk has at most CHUNK_ROWS rows and about CHUNK_BYTES.
+        A chunk has at most CHUNK_ROWS rows and about CHUNK_BYTES, and few where those after it are far away.
+        """
+
+    def types(self) -> pa.Schema:
+        """Every column with a type for all its values; of JSONL, all rows are read for it, and `total` is known then.
+
+        Raises ManifestError where a column has none.
         """

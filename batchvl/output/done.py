@@ -26,8 +26,16 @@ class Bitmap:
     def __init__(self, rows: Iterable[int] = ()) -> None:
         self._first = 0  # the byte, counted from row 0, that `_bits` starts with
         self._bits = bytearray()
-        for row in rows:
-            self.add(row)
+        self.update(rows)
+
+    def update(self, rows: Iterable[int]) -> None:
+        """Takes the rows in; less than half as dear as one by one."""
+        rows = list(rows)
+        if rows:
+            self._cover(min(rows) >> 3, (max(rows) >> 3) + 1)
+            bits, first = self._bits, self._first
+            for row in rows:
+                bits[(row >> 3) - first] |= 1 << (row & 7)
 
     def add(self, row: int) -> None:
         """Takes the row in."""
@@ -75,12 +83,12 @@ class Bitmap:
 
     def missing(self, rows: range) -> Iterator[int]:
         """The rows of `rows` (step 1) that are not in the set, in order; runs of rows that are cost next to nothing."""
-        row = rows.start
+        row, end = rows.start, min(len(self._bits), (rows.stop + 7 >> 3) - self._first)
         while row < rows.stop:
             at = (row >> 3) - self._first
-            if row & 7 == 0 and 0 <= at < len(self._bits):
-                found = _NOT_FULL.search(self._bits, at)
-                row = max(row, ((found.start() if found else len(self._bits)) + self._first) * 8)
+            if row & 7 == 0 and 0 <= at < end:
+                found = _NOT_FULL.search(self._bits, at, end)
+                row = max(row, ((found.start() if found else end) + self._first) * 8)
                 if row >= rows.stop:
                     return
             if row not in self:
@@ -92,6 +100,25 @@ class Bitmap:
         bits = int.from_bytes(self._bits, "little")
         low, high = max(0, rows.start - self._first * 8), max(0, rows.stop - self._first * 8)
         return ((bits & ((1 << high) - 1)) >> low).bit_count()
+
+    @classmethod
+    def below(cls, stop: int) -> Bitmap:
+        """All rows from 0 to stop, stop not included.
+
+        >>> list(Bitmap.below(3))
+        [0, 1, 2]
+        """
+        found = cls()
+        found._bits = bytearray(b"\xff" * (stop >> 3))
+        for row in range(stop & ~7, stop):
+            found.add(row)
+        return found
+
+    @property
+    def stop(self) -> int:
+        """One more than the highest row; 0 where there is none."""
+        first, bits = self._stripped()
+        return (first + len(bits) - 1) * 8 + bits[-1].bit_length() if bits else 0
 
     def dump(self) -> str:
         """The set as text: the number of the first byte, a colon, the bytes' zlib stream in base64."""
@@ -144,6 +171,15 @@ class Tally:
         """Takes in a row; code is None where it is ok."""
         (self.ok if code is None else self.failed.setdefault(code, Bitmap())).add(row)
 
+    @classmethod
+    def of(cls, results: Iterable[tuple[int, str | None]]) -> Tally:
+        """Of rows, each with its error's code, or None where it is ok."""
+        ok: list[int] = []
+        failed: dict[str, list[int]] = {}
+        for row, code in results:
+            (ok if code is None else failed.setdefault(code, [])).append(row)
+        return cls(Bitmap(ok), {code: Bitmap(rows) for code, rows in failed.items()})
+
     def counts(self) -> Counts:
         """How many rows, by result."""
         return Counts(len(self.ok), {code: len(rows) for code, rows in self.failed.items() if len(rows)})
@@ -159,19 +195,18 @@ class Tally:
     def joined(cls, tallies: Iterable[Tally]) -> Tally:
         """One result for each row of several tallies, given in the order in which they win: ok before failed, then
         the earlier tally."""
+        # Sets grow in place, and nothing else is gone through but the tallies' own rows: there may be thousands of
+        # tallies of a few rows each, and the sets be of ten millions.
         found, failed = cls(), Bitmap()
         for tally in tallies:
             found.ok |= tally.ok
-            known = Bitmap()
-            known |= failed
             for code, rows in tally.failed.items():
                 new = Bitmap()
                 new |= rows
-                new -= known
-                known |= rows
-                new |= found.failed.get(code, Bitmap())
-                found.failed[code] = new
-            failed = known
+                new -= failed
+                failed |= rows
+                known = found.failed.setdefault(code, Bitmap())
+                known |= new
         for rows in found.failed.values():
             rows -= found.ok
         return found

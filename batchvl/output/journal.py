@@ -35,9 +35,9 @@ def frame(payload: bytes) -> bytes:
     return _pack_frame(len(payload), crc32(payload)) + payload
 
 
-def frames(data: bytes, start: int = _HEADER.size) -> Iterator[memoryview]:
-    """The payloads of a segment's whole frames, up to the first one that is not."""
-    view, end = memoryview(data), len(data)
+def frames(data: bytes) -> Iterator[memoryview]:
+    """The payloads of the whole frames, up to the first one that is not."""
+    view, start, end = memoryview(data), 0, len(data)
     while start + 8 <= end:
         length, checksum = _unpack_frame(data, start)
         start += 8
@@ -80,11 +80,13 @@ class Journal:
     attempt: int
     retry: int
     data: bytes
+    """The frames."""
 
     @classmethod
-    def read(cls, path: Path) -> Journal:
+    def read(cls, path: Path, skip: int = 0) -> Journal:
         """Reads a segment, and sees to it that what is read is on the disk (its writer may have died before that).
 
+        skip: bytes of whole frames, from the first one on, that the caller knows already: they are not read again.
         Raises FileNotFoundError, other OSErrors, and ResumeError for a file of a later format or of none.
         """
         with open(path, "rb") as file:
@@ -94,10 +96,12 @@ class Journal:
             except OSError as error:
                 if error.errno not in (errno.EROFS, errno.EINVAL):
                     raise
-            data = file.read(size)
-        if len(data) < _HEADER.size:
+            head = file.read(_HEADER.size)
+            file.seek(skip, os.SEEK_CUR)
+            data = file.read(max(0, size - file.tell()))
+        if len(head) < _HEADER.size:
             return cls(0, 0, b"")  # its writer died over the header: no record was ever in it
-        magic, number, attempt, retry = _HEADER.unpack_from(data)
+        magic, number, attempt, retry = _HEADER.unpack_from(head)
         if magic == bytes(len(MAGIC)):
             return cls(0, 0, b"")  # the same, on a file system that grows files before it fills them
         if magic != MAGIC:
@@ -114,10 +118,25 @@ class Journal:
 
     def tally(self) -> Tally:
         """The rows, by result."""
-        found = Tally()
-        for entry in self.entries():
-            found.add(entry.row, entry.code if entry.failed else None)
-        return found
+        return Tally.of((entry.row, entry.code if entry.failed else None) for entry in self.entries())
+
+
+class Tail:
+    """A segment that is read again and again while it is written, each time only what is new."""
+
+    attempt = retry = 0
+
+    def __init__(self, path: Path) -> None:
+        self.tally = Tally()
+        self._path, self._read = path, 0
+
+    def follow(self) -> None:
+        """Takes the records since the last time into `tally`. Raises what `Journal.read` raises."""
+        found = Journal.read(self._path, self._read)
+        self.attempt, self.retry = found.attempt, found.retry
+        for entry in found.entries():
+            self.tally.add(entry.row, entry.code if entry.failed else None)
+            self._read += _FRAME.size + len(entry.payload)
 
 
 class Segment:

@@ -62,10 +62,9 @@ def write(
             yield None
     if expected is not None and len(entries) != expected:
         raise OSError(errno.EIO, f"only {len(entries)} of {expected} records in the journal can be read back")
-    tally = Tally()
     best = _winners(entries)
-    for entry in best:
-        tally.add(entry.row, entry.code if entry.failed else None)
+    yield None
+    tally = Tally.of((entry.row, entry.code if entry.failed else None) for entry in best)
     yield None
 
     temporary = path.with_name(f".{path.name}.tmp")
@@ -140,7 +139,8 @@ class _Rows(msgspec.Struct):
 class Part:
     """What a part's footer tells."""
 
-    path: Path
+    path: Path | str
+    """A str where only the footer was read, of a file that is not on a disk."""
     attempt: int
     retry: int
     groups: tuple[Group, ...]
@@ -150,10 +150,13 @@ class Part:
     """The tally as JSON: a part among thousands is kept small."""
 
     @classmethod
-    def read(cls, path: Path) -> Part:
-        """Reads the footer. Raises OSError, and ResumeError where the file is damaged or of a later format."""
+    def read(cls, path: Path | str, end: bytes | None = None) -> Part:
+        """Reads the footer. Raises OSError, and ResumeError where the file is damaged or of a later format.
+
+        end: the file's last bytes, with all of the footer, where it is not on a disk.
+        """
         try:
-            found = pq.read_metadata(path)
+            found = pq.read_metadata(path if end is None else pa.BufferReader(end))
             texts = {key.decode(): value.decode() for key, value in (found.metadata or {}).items()}
             own = {key.removeprefix(PREFIX): value for key, value in texts.items() if key.startswith(PREFIX)}
             number, attempt, retry = int(own["format"]), int(own["attempt"]), int(own["retry"])
@@ -193,7 +196,7 @@ class Part:
             raise BatchvlError(damaged(self.path, error)) from error
 
 
-def damaged(path: Path, error: Exception) -> str:
+def damaged(path: Path | str, error: Exception) -> str:
     """What to tell about a part that cannot be read."""
     return f"{path}: damaged ({error}): move it out of the output folder and run again to answer its rows once more"
 

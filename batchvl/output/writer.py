@@ -6,15 +6,16 @@ import asyncio
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from time import monotonic
 
 import pyarrow as pa
 
 from . import parts
+from .attempt import Attempt
 from .disk import Disk, stopped
 from .journal import Journal, Segment, frame
 from .record import Counts, Record, encode
-from .shard import Attempt
 
 COMMIT_BYTES = 4 * 2**20
 PART_BYTES = 64 * 2**20
@@ -29,10 +30,12 @@ class Writer:
 
     def __init__(
         self, attempt: Attempt, schema: pa.Schema, *, commit_seconds: float, part_rows: int, disk: Disk,
-        on_commit: OnCommit | None = None,
+        part_seconds: float | None = None, on_commit: OnCommit | None = None,
     ) -> None:  # fmt: skip
+        """part_seconds: a segment becomes a part after so long, however few rows it has; None: it may stay one."""
         self._attempt, self._schema, self._disk = attempt, schema, disk
         self._commit_seconds, self._part_rows, self._on_commit = commit_seconds, part_rows, on_commit
+        self._part_seconds = inf if part_seconds is None else part_seconds
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -50,6 +53,7 @@ class Writer:
 
         # The writer's thread alone uses these.
         self._segment: Segment | None = None
+        self._roll_at = inf
         self._number = 0
         self._full: deque[tuple[int, int]] = deque()  # segments' numbers and rows
         self._conversion: Iterator[Counts | None] | None = None
@@ -134,13 +138,16 @@ class Writer:
     def _next(self) -> bool:
         """Does what comes next; False once there is nothing left to do, ever."""
         with self._wake:
-            while not (due := self._is_due()) and not self._can_convert() and not self._closing:
-                self._wake.wait(self._due - monotonic() if self._frames else None)
+            while not (due := self._is_due()) and not self._can_convert() and not self._closing and not self._is_old():
+                until = min(self._due if self._frames else inf, self._roll_at)
+                self._wake.wait(None if until == inf else until - monotonic())
             frames: list[_Frame] = []
             if due:
                 frames, self._frames, self._bytes = self._frames, frames, 0
         if frames:
             self._commit(frames)
+        if self._segment and self._is_old():
+            self._roll(self._segment)
         if self._can_convert():  # also after a commit: a disk that is always behind must not put parts off for good
             self._convert()
         elif self._closing and not self._frames:
@@ -152,6 +159,9 @@ class Writer:
     def _is_due(self) -> bool:
         return bool(self._frames) and (self._closing or self._bytes >= COMMIT_BYTES or monotonic() >= self._due)
 
+    def _is_old(self) -> bool:
+        return monotonic() >= self._roll_at
+
     def _can_convert(self) -> bool:
         return self._conversion is not None or (bool(self._full) and (self._closing or self._metadata is not None))
 
@@ -161,6 +171,7 @@ class Writer:
                 self._number += 1
                 path = self._attempt.folder.journal((self._attempt.number, self._number))
                 self._segment = Segment(path, self._attempt.number, self._attempt.retry, self._disk)
+                self._roll_at = monotonic() + self._part_seconds
             fitting = self._part_rows - self._segment.rows
             now, frames = frames[:fitting], frames[fitting:]
             self._segment.append([data for data, _ in now])
@@ -172,7 +183,7 @@ class Writer:
 
     def _roll(self, segment: Segment) -> None:
         segment.close()
-        self._segment = None
+        self._segment, self._roll_at = None, inf
         self._full.append((self._number, segment.rows))
 
     def _convert(self) -> None:
@@ -187,8 +198,7 @@ class Writer:
             return
         self._conversion = None
         self._full.popleft()
-        self._disk.remove(journal)
-        self._disk.sync_folder(journal.parent)
+        self._attempt.folder.settle(key, self._disk)
 
     def _abandon(self) -> None:
         self._conversion = None  # which removes its temporary file

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +50,51 @@ def test_text_of_ten_million_rows_is_small_and_quick_to_search() -> None:
 def test_text_that_is_no_bitmap(text: str) -> None:
     with pytest.raises(ValueError):
         Bitmap.load(text)
+
+
+@given(rows, rows)
+def test_rows_are_taken_in_at_once_or_one_by_one(a: set[int], b: set[int]) -> None:
+    at_once, one_by_one = Bitmap(a), Bitmap(a)
+    at_once.update(row for row in b)
+    for row in b:
+        one_by_one.add(row)
+    assert at_once == one_by_one == Bitmap(a | b)
+
+
+@given(st.lists(st.dictionaries(st.integers(0, 60), st.sampled_from([None, "a", "b", "c"]), max_size=20), max_size=6))
+def test_joined_tallies_have_each_row_once_with_the_result_that_wins(given: list[dict[int, str | None]]) -> None:
+    best: dict[int, str | None] = {}
+    for results in given:
+        for row, code in results.items():
+            if row not in best or code is None:
+                best[row] = code
+    found = Tally.joined([Tally.of(results.items()) for results in given])
+    assert set(found.ok) == {row for row, code in best.items() if code is None}
+    assert {code: set(rows) for code, rows in found.failed.items() if len(rows)} == {
+        code: {row for row in best if best[row] == code} for code in set(best.values()) if code is not None
+    }
+    assert set(found.rows()) == set(best)
+
+
+def test_a_thousand_tallies_of_ten_million_rows_join_without_going_through_all_of_them_each_time() -> None:
+    tallies = []
+    for start in range(0, 10_000_000, 10_000):
+        ok = Bitmap([start, start + 9_999])
+        ok._bits[1:-1] = b"\xff" * (len(ok._bits) - 2)
+        tallies.append(
+            Tally(ok, {code: Bitmap(range(start + at, start + 9_999, 100)) for at, code in enumerate("abc")})
+        )
+    begin = time.process_time()
+    found = Tally.joined(tallies)
+    assert time.process_time() - begin < 2, "it took 8 s when each step copied the whole"
+    assert found.counts().rows == len(found.rows()) > 9_000_000
+
+
+def test_what_is_missing_near_by_is_found_without_a_look_at_the_rest() -> None:
+    full = Bitmap.below(10_000_000)
+    begin = time.process_time()
+    assert not any(True for start in range(0, 10_000_000, 1000) for _ in full.missing(range(start, start + 256)))
+    assert time.process_time() - begin < 2, "ten thousand looks at a megabyte each take longer"
 
 
 def test_tallies_join_by_the_order_in_which_they_win() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from batchvl.errors import ResumeError
 from batchvl.output.disk import Disk
-from batchvl.output.journal import Journal, Segment, frame
+from batchvl.output.journal import Journal, Segment, Tail, frame
 from batchvl.output.record import decode, encode
 
 from .samples import failed, sample
@@ -44,6 +44,22 @@ def test_a_tail_torn_at_any_byte(path: Path) -> None:
     for cut in [*range(30), *range(len(data) - sizes[1] - sizes[2] - 10, len(data))]:
         path.write_bytes(data[:cut])
         assert rows(path) == [record.row for record, end in zip(RECORDS, ends, strict=True) if end <= cut], cut
+
+
+def test_a_tail_takes_each_record_once_however_it_comes(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(b"")
+    tail = Tail(path)
+    for end in range(len(data) + 1):
+        with path.open("ab") as file:
+            file.write(data[end - 1 : end] if end else b"")
+        tail.follow()
+        assert tail.tally.rows() == Journal.read(path).tally().rows(), end
+    assert (tail.attempt, tail.retry) == (7, 2)
+    assert (list(tail.tally.ok), list(tail.tally.failed["missing_file"])) == ([2, 3], [1])
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        tail.follow()
 
 
 def test_a_bit_flipped_anywhere_in_the_last_two_frames(path: Path) -> None:

@@ -1,0 +1,131 @@
+"""A run that goes on reads what is left, and not what is done: by Parquet's row groups, and by the index of text."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchvl.manifest import index, text
+from batchvl.output.done import Bitmap
+from batchvl.request import Row
+from tests.manifest.test_streaming import FORMATS, big, bytes_read
+from tests.manifest.writing import numbers, opened, write
+
+LEFT = [0, 255, 256, *range(300, 310), 1999, 2499]
+
+
+@pytest.fixture(autouse=True)
+def _written_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "WRITTEN_ROWS", 1000)
+    monkeypatch.setattr(text, "STEP", 100)
+    monkeypatch.setattr(index, "STEP", 100)
+
+
+def done_but(left: list[int], rows: int) -> Bitmap:
+    done = Bitmap.below(rows)
+    done -= Bitmap(left)
+    return done
+
+
+def left_of(path: Path, done: Bitmap, out: Path | None = None) -> list[Row]:
+    return [row for rows in opened(path).rows(skip=done, index_folder=out) for row in rows]
+
+
+def read_through(path: Path, out: Path) -> str:
+    """Reads all rows, so that the index is there; the manifest's fingerprint."""
+    manifest = opened(path)
+    assert sum(map(len, manifest.rows(index_folder=out))) == manifest.total
+    return manifest.fingerprint
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_what_is_left(tmp_path: Path, name: str, indexed: bool) -> None:
+    path, out = big(tmp_path / "manifest" / name), tmp_path / "out"
+    if indexed:
+        read_through(path, out)
+    rows = left_of(path, done_but(LEFT, 2500), out)
+    assert [(row.number, row.prompt) for row in rows] == [(number, f"a\nb {number}") for number in LEFT]
+    assert left_of(path, Bitmap.below(2500), out) == []
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.csv"])
+def test_what_is_done_is_not_read(tmp_path: Path, name: str) -> None:
+    path, out = big(tmp_path / "manifest" / name), tmp_path / "out"
+    found = index.read(out, read_through(path, out))
+    assert found is not None
+    manifest = opened(path)
+    data = bytearray(path.read_bytes())
+    for start, stop in ((100, 800), (900, 2000)):  # blank lines, which are no rows
+        begin, end = (found.seek(row)[2].offset for row in (start, stop))
+        data[begin:end] = b"\n" * (end - begin)
+    path.write_bytes(data)
+    left = [7, 850, 851, 2350]
+    rows = [row for rows in manifest.rows(skip=done_but(left, 2500), index_folder=out) for row in rows]
+    assert [(row.number, row.prompt) for row in rows] == [(number, f"a\nb {number}") for number in left]
+    assert len(left_of(path, Bitmap())) == 700
+
+
+def test_the_index_grows_as_the_manifest_is_read(tmp_path: Path) -> None:
+    path, out = big(tmp_path / "m.jsonl", 5000), tmp_path / "out"
+    manifest = opened(path)
+    chunks = manifest.rows(index_folder=out)
+    assert sum(map(len, islice(chunks, 9))) == 2304
+    chunks.close()  # type: ignore[attr-defined]  # as if the run had been stopped here
+    found = index.read(out, manifest.fingerprint)
+    assert found is not None
+    assert found.rows is None
+    assert found.seek(1950)[:2] == (0, 1900)
+    assert found.seek(4000)[:2] == (0, 2000)
+    # The next run has it from there, and reads on to the end; the one after that knows how many rows there are.
+    assert numbers(left_of(path, done_but([], 2300), out)) == list(range(2300, 5000))
+    later = opened(path)
+    rows = later.rows(skip=Bitmap.below(4999), index_folder=out)
+    assert later.total == 5000
+    assert numbers(next(rows)) == [4999]
+
+
+def test_a_short_manifest_needs_no_index(tmp_path: Path) -> None:
+    read_through(big(tmp_path / "m.jsonl", 900), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_index_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"a file where a folder is wanted")
+    read_through(big(tmp_path / "m.jsonl"), tmp_path / "out")
+
+
+def test_files_that_are_done_are_not_opened(tmp_path: Path) -> None:
+    names = ("a.jsonl", "b.jsonl.gz", "c.jsonl", "d.jsonl")
+    for at, name in enumerate(names):
+        write(tmp_path / "m" / name, [{"prompt": f"{at} {number}"} for number in range(1100 + at)])
+    fingerprint = read_through(tmp_path / "m", tmp_path / "out")
+    manifest = opened(tmp_path / "m")
+    manifest.fingerprint = fingerprint
+    for name in names[:2]:
+        (tmp_path / "m" / name).unlink()
+    left = [2201, 2300, 3302, 3303, 4405]
+    rows = [row for rows in manifest.rows(skip=done_but(left, 4406), index_folder=tmp_path / "out") for row in rows]
+    assert [(row.number, row.prompt) for row in rows] == [
+        (2201, "2 0"), (2300, "2 99"), (3302, "2 1101"), (3303, "3 0"), (4405, "3 1102"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_a_row_does_not_wait_for_the_next_one_that_is_left(tmp_path: Path, name: str) -> None:
+    path = big(tmp_path / name, 20_000)
+    chunks = opened(path).rows(skip=done_but([3, 4, 10_000], 20_000))
+    assert [numbers(chunk) for chunk in chunks] == [[3, 4], [10_000]]
+
+
+def test_row_groups_that_are_done_are_not_read(tmp_path: Path) -> None:
+    rows = [{"prompt": os.urandom(1000).hex()} for _ in range(4000)]
+    path = write(tmp_path / "m.parquet", rows, row_group_size=1000, compression="none", use_dictionary=False)
+    assert pq.read_metadata(path).num_row_groups == 4
+    before = bytes_read()
+    assert [row.prompt for row in left_of(path, done_but([3700], 4000))] == [rows[3700]["prompt"]]
+    assert bytes_read() - before < path.stat().st_size / 2
