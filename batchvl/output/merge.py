@@ -1,121 +1,116 @@
-"""Merge: all shards' parts and journals into one file, in the manifest's order, each row once.
-
-The rows are gone through in windows of about 2 MB. Of each part only the row groups that reach into the window are
-read; among several records of a row the winner is: ok before failed, then the later retry, then the lower attempt.
-"""
+"""Merge: all shards' parts and journals into one file, in the manifest's order, each row once."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import OptionError, ResumeError
+from ..errors import OptionError
+from ..manifest import index
+from ..values import Shard
 from . import parts
+from .bucket import RemoteError
 from .disk import FAILING, Disk, stopped
 from .done import Bitmap
-from .formats import writer_for
+from .formats import ParquetFile, writer_for
 from .guard import Guard
+from .join import Join
 from .journal import Journal
+from .location import located
+from .order import ordered
 from .parts import Part
 from .record import Counts
+from .remote import Remote, answering
+from .report import Gap, MergeReport
+from .scratch import scratch
 from .shard import ShardFolder
 
 RESULTS = "results.parquet"
-WINDOW_BYTES = 2 * 2**20
 _FIRST_MISSING = 10
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge wrote, and what was not there to write."""
-
-    file: Path
-    counts: Counts
-    total: int | None
-    """The manifest's rows; None where no attempt has got to know them."""
-    missing: int
-    """Rows below `total` that are not done; 0 where it is not known."""
-    first_missing: tuple[int, ...]
-    """The first ten of them."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows the file has."""
-        return self.counts.rows
-
-    def __str__(self) -> str:
-        text = f"{self.file}: {self.rows:,} rows, {self.counts.ok:,} ok, {self.counts.failures:,} failed"
-        if not self.missing:
-            return text
-        first = ", ".join(map(str, self.first_missing)) + (", …" if self.missing > len(self.first_missing) else "")
-        return f"{text}; {self.missing:,} of {self.total:,} are missing: {first}"
-
-
-class Window(NamedTuple):
-    """The rows from low to high, high not included, and the parts that may have some."""
-
-    low: int
-    high: int
-    parts: list[Part]
-
-
-def merge(out: Path, file: Path | None = None, total: int | None = None, *, disk: Disk | None = None) -> MergeReport:
+@answering()
+def merge(
+    out: str | os.PathLike[str] | Remote, file: str | os.PathLike[str] | None = None, total: int | None = None, *,
+    partial: bool = False, with_manifest: str | os.PathLike[str] | None = None, disk: Disk | None = None,
+) -> MergeReport:  # fmt: skip
     """Merges what is durable in the output folder `out` into one file, whole or not at all; a run may go on meanwhile.
 
-    file: `*.parquet`, `*.jsonl` or `*.jsonl.gz`; OUT/results.parquet where None.
-    total: the manifest's rows; by default the most that any attempt knew of.
+    out: a folder, or an address on an object store: its parts are copied to a disk for the time, and the journals
+    that are not uploaded yet are read on their own machine alone.
+    file: `*.parquet`, `*.jsonl`, `*.jsonl.gz` or `*.jsonl.zst`; OUT/results.parquet where None.
+    total: the manifest's rows; by default what the attempts knew of them.
+    partial: also where rows are missing; otherwise nothing is written then, and an older file stays as it is.
+    with_manifest: where the run's manifest is, all of whose columns are joined to the rows (see `Join`).
 
-    Raises ResumeError (no output folder, files too new), OptionError (the file's ending or folder), StoppedEarly (the
-    disk) and BatchvlError (a damaged part).
+    Raises ResumeError (no output folder, files too new, another manifest), ManifestError (the manifest), OptionError
+    (the file's ending or folder), StoppedEarly (the disk) and BatchvlError (a damaged part).
+
+    Example:
+
+        report = batchvl.merge("night", "night.jsonl", with_manifest="night.parquet")
+        print(report.rows, "rows,", report.missing, "missing")
     """
-    file, disk = file or out / RESULTS, disk or Disk()
-    try:
-        guard = Guard.read(out)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ResumeError(f"{out}: is no output folder of batchvl: it has no run.json") from None
+    out, disk = located(out), disk or Disk()
+    here = out if isinstance(out, Path) else out.here()
+    target = Path(file) if file is not None else here / RESULTS
+    guard = Guard.read(out)
     folders = [folder for folder in ShardFolder.all(out) if folder.shard.count == guard.shards]
-    total = _total(guard, folders) if total is None else total
-    open_file = writer_for(file)
+    open_file = writer_for(target)
+    join = Join(os.fspath(with_manifest), guard, out, _id_columns(folders)) if with_manifest is not None else None
+    schema = join.schema if join else guard.schema
     try:
-        with tempfile.TemporaryDirectory(prefix=".merge-", dir=file.parent) as scratch:
-            sources = [part for folder in folders for part in _parts(folder, Path(scratch), guard.schema, disk)]
-            done = Bitmap()
-            for part in sources:
-                done |= part.tally().rows()
+        with scratch(target.parent, ".merge-") as temporary:
+            sources, done = _sources(folders, temporary, guard.schema, disk)
+            total = _total(here, guard, folders, join) if total is None else total
+            report = _report(out, target, guard, folders, done, total)
+            if not report.complete and not partial:
+                return report
             counts = Counts()
-            with open_file(file, guard.schema, _metadata(sources), disk) as target:
-                for window in windows(sources):
-                    table = winners(window, guard.schema)
-                    counts.add(_count(table))
-                    target.write(table)
-                    del table  # before the next one is made
+            with open_file(target, temporary / "results", schema, _metadata(sources), disk) as written:
+                tables = _counted(ordered(sources, guard.schema, temporary), counts)
+                if join:
+                    skip = Bitmap.below(done.stop)
+                    skip -= done
+                    tables = join.tables(tables, range(next(iter(done), 0), done.stop), skip)
+                for table in tables:
+                    written.write(table)
+            if file is None and not isinstance(out, Path):
+                report = replace(report, target=out.send(target, RESULTS))
+    except RemoteError:
+        raise
     except OSError as error:
         if error.errno in FAILING:
-            raise stopped(file, error) from error
-        raise OptionError(f"{file}: cannot be written: {error.strerror or error}") from error
-    missing = () if total is None else tuple(islice(done.missing(range(total)), _FIRST_MISSING))
-    return MergeReport(file, counts, total, 0 if total is None else total - done.count(range(total)), missing)
+            raise stopped(target, error) from error
+        raise OptionError(f"{target}: cannot be written: {error.strerror or error}") from error
+    if join:
+        json_columns = tuple(join.json_columns) if open_file is ParquetFile else ()
+        report = replace(report, json_columns=json_columns, unreadable=join.unreadable)
+    return replace(report, written=True, counts=counts)
 
 
-def _total(guard: Guard, folders: list[ShardFolder]) -> int | None:
-    known = [guard.total]
+def _sources(folders: list[ShardFolder], scratch: Path, schema: pa.Schema, disk: Disk) -> tuple[list[Part], Bitmap]:
+    """All parts, and the rows that they have."""
+    found, done = [], Bitmap()
+    known: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for folder in folders:
-        known += [attempt.total for attempt in folder.attempts()]
-        if complete := folder.complete():
-            known.append(complete.total)
-    return max((rows for rows in known if rows is not None), default=None)
+        for part in _parts(folder, scratch, schema, disk):
+            done |= part.tally().rows()
+            # Of thousands of parts no more is kept than it takes to read them.
+            metadata = known.setdefault(tuple(part.metadata.items()), part.metadata)
+            found.append(replace(part, rows="", metadata=metadata))
+    return found, done
 
 
 def _parts(folder: ShardFolder, scratch: Path, schema: pa.Schema, disk: Disk) -> Iterator[Part]:
-    """The folder's parts; of a journal without one, a part is made in the folder `scratch`."""
-    for number, source in enumerate(folder.sources()):
+    """The folder's parts, on a disk; of a journal without one, a part is made in the folder `scratch`."""
+    for number, source in enumerate(folder.sources(scratch)):
         if isinstance(source, Journal):
             path = scratch / f"{folder.path.name}-{number}.parquet"
             for _ in parts.write(source, path, schema, {}, disk):
@@ -123,6 +118,41 @@ def _parts(folder: ShardFolder, scratch: Path, schema: pa.Schema, disk: Disk) ->
             yield Part.read(path)
         else:
             yield source
+
+
+def _total(out: Path, guard: Guard, folders: list[ShardFolder], join: Join | None) -> int | None:
+    """The manifest's rows, as the attempts knew them, or as somebody has counted them."""
+    known, unknown = [guard.total], guard.total is None and not folders
+    for folder in folders:
+        attempts = [attempt for attempt in folder.attempts() if not attempt.retry]
+        known += [attempt.total for attempt in attempts]
+        if complete := folder.complete():
+            known.append(complete.total)
+        elif attempts and attempts[-1].total is None:
+            unknown = True  # it began on a text whose end it has not seen; an earlier one may have had a --limit
+    if unknown or all(rows is None for rows in known):
+        counted = index.read(out, guard.fingerprint)
+        counts = (counted.rows if counted else None, join.total if join else None)
+        if (rows := next((rows for rows in counts if rows is not None), None)) is None:
+            return None
+        known.append(rows)
+    return max(rows for rows in known if rows is not None)
+
+
+def _report(
+    out: Path | Remote, target: Path, guard: Guard, folders: list[ShardFolder], done: Bitmap, total: int | None
+) -> MergeReport:  # fmt: skip
+    """What is missing; nothing is written yet."""
+    wanted = range(total or 0)
+    missing = len(wanted) - done.count(wanted)
+    first = tuple(islice(done.missing(wanted), _FIRST_MISSING))
+    begun = {folder.shard.index for folder in folders if folder.last_attempt()}
+    gaps = []
+    for number in range(guard.shards) if missing else ():
+        rows = Shard(number, guard.shards).rows(len(wanted))
+        if left := len(rows) - done.count(rows):
+            gaps.append(Gap(number, number in begun, left))
+    return MergeReport(str(out), target, False, Counts(), total, missing, first, guard.shards, tuple(gaps))
 
 
 def _metadata(sources: list[Part]) -> dict[str, str]:
@@ -140,51 +170,15 @@ def _metadata(sources: list[Part]) -> dict[str, str]:
     }
 
 
-def windows(sources: list[Part], size: int = WINDOW_BYTES) -> Iterator[Window]:
-    """Cuts the rows into windows that start at a row group's first row, with about `size` bytes of row groups each."""
-    groups = sorted((group.low, group.high, group.size, n) for n, part in enumerate(sources) for group in part.groups)
-    low = groups[0][0] if groups else 0
-    inside: list[tuple[int, int]] = []  # highest row and part of the groups that reach into the window
-    at = 0
-    while at < len(groups) or inside:
-        held = 0
-        while at < len(groups) and (held < size or groups[at][0] <= low):
-            _, last, length, n = groups[at]
-            inside.append((last, n))
-            held += length
-            at += 1
-        high = groups[at][0] if at < len(groups) else max(inside)[0] + 1
-        yield Window(low, high, [sources[n] for n in sorted({n for _, n in inside})])
-        low, inside = high, [one for one in inside if one[0] >= high]
+def _id_columns(folders: Iterable[ShardFolder]) -> set[str]:
+    """The manifest's columns that the attempts took ids from."""
+    told = [attempt.metadata for folder in folders for attempt in folder.attempts() if attempt.metadata]
+    return {metadata.get("id_column", "id") for metadata in told} or {"id"}
 
 
-def winners(window: Window, schema: pa.Schema) -> pa.Table:
-    """The window's rows in order, each once."""
-    tables = [part.table(window.low, window.high, schema) for part in window.parts]
-    keys = [
-        pa.table(
-            {
-                "row": table["row"],
-                "failed": pc.equal(table["status"], "failed"),
-                "retry": pa.repeat(pa.scalar(-part.retry, pa.int64()), len(table)),
-                "attempt": pa.repeat(pa.scalar(part.attempt, pa.int64()), len(table)),
-            }
-        )
-        for table, part in zip(tables, window.parts, strict=True)
-    ]
-    key = pa.concat_tables(keys)
-    order = pc.sort_indices(key, [(name, "ascending") for name in key.column_names])
-    row = key["row"].take(order)
-    if len(row) > 1:
-        first = pc.not_equal(row.slice(1), row.slice(0, len(row) - 1)).combine_chunks()
-        order = order.filter(pa.concat_arrays([pa.array([True]), first]))
-    table = pa.concat_tables(tables)
-    del tables
-    table = table.combine_chunks()  # taking from chunks costs far more, and the chunks can go
-    return table.take(order)
-
-
-def _count(table: pa.Table) -> Counts:
-    failed = pc.struct_field(table["error"], "code").filter(pc.equal(table["status"], "failed"))
-    codes = {pair["values"] or "": pair["counts"] for pair in pc.value_counts(failed).to_pylist()}
-    return Counts(len(table) - len(failed), codes)
+def _counted(tables: Iterable[pa.Table], counts: Counts) -> Iterator[pa.Table]:
+    for table in tables:
+        failed = pc.struct_field(table["error"], "code").filter(pc.equal(table["status"], "failed"))
+        codes = {pair["values"] or "": pair["counts"] for pair in pc.value_counts(failed).to_pylist()}
+        counts.add(Counts(len(table) - len(failed), codes))
+        yield table

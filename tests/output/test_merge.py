@@ -2,8 +2,6 @@ import asyncio
 import gzip
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -14,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvl.errors import BatchvlError, OptionError, ResumeError, StoppedEarly
+from batchvl.manifest.index import FileIndex, Index
 from batchvl.output import Counts, Output, merge
-from batchvl.output import merge as merge_function
 from batchvl.output.disk import Disk
-from batchvl.output.merge import windows
-from batchvl.output.parts import Group, Part
+from batchvl.output.redo import Redo
+from batchvl.output.report import Gap
 from batchvl.values import Shard
 
 from .samples import GUARD, failed, fill, only_folder, options, sample
@@ -52,8 +50,8 @@ async def test_the_winner_is_ok_then_the_later_retry_then_the_lower_attempt(tmp_
 
     await fill(tmp_path, [*say([0, 1], "1"), failed(2, "a"), failed(3, "a"), failed(4, "a")])
     await fill(tmp_path, [*say([0, 2], "2"), failed(1), failed(3, "b")])
-    await fill(tmp_path, [*say([0], "retry"), failed(1), failed(4, "c")], retry=1)
-    report = merge(tmp_path)
+    await fill(tmp_path, [*say([0], "retry"), failed(1), failed(4, "c")], redo=Redo.of(all=True))
+    report = merge(tmp_path, partial=True)
     assert answers(report.file) == [(0, "retry"), (1, "1"), (2, "2"), (3, None), (4, None)]
     assert [error and error["code"] for error in pq.read_table(report.file)["error"].to_pylist()][3:] == ["a", "c"]
     assert report.counts == Counts(3, {"a": 1, "c": 1})
@@ -72,7 +70,7 @@ async def test_journals_that_a_killed_attempt_left(tmp_path: Path) -> None:
     with pytest.raises(StoppedEarly):
         await fill(tmp_path, [sample(row) for row in range(10)], disk=Killed())
     await fill(tmp_path, [sample(row, response="later") for row in range(5, 20)])
-    report = merge(tmp_path)
+    report = merge(tmp_path, partial=True)
     assert answers(report.file)[9:11] == [(9, sample(9).response), (10, "later")]
     assert report.rows == 20
     assert hidden(tmp_path) == []
@@ -80,22 +78,66 @@ async def test_journals_that_a_killed_attempt_left(tmp_path: Path) -> None:
 
 async def test_missing_rows_are_counted_and_the_first_named(tmp_path: Path) -> None:
     await fill(tmp_path, [sample(row) for row in range(20, 50)], replace(GUARD, total=100))
-    report = merge(tmp_path)
+    report = merge(tmp_path, partial=True)
     assert (report.rows, report.missing, report.first_missing) == (30, 70, tuple(range(10)))
     assert merge(tmp_path, total=51).missing == 21
 
 
+async def test_where_rows_are_missing_nothing_is_written_unless_it_may_be_partial(tmp_path: Path) -> None:
+    guard = replace(GUARD, shards=4, total=40)
+    await fill(tmp_path, [sample(row) for row in range(10)], guard, shard=Shard(0, 4))
+    await fill(tmp_path, [sample(row) for row in range(10, 17)], guard, shard=Shard(1, 4))
+    (tmp_path / "results.parquet").write_bytes(b"of yesterday")
+    report = merge(tmp_path)
+    assert (report.file, report.rows, report.complete, report.missing) == (None, 0, False, 23)
+    assert report.gaps == (Gap(1, True, 3), Gap(2, False, 10), Gap(3, False, 10))
+    assert str(report).splitlines() == [
+        f"{tmp_path}: 23 of 40 rows are missing: 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, …",
+        "  shards 2-3 of 4 not begun: 20 rows",
+        "  shard 1/4 begun and not finished: 3 rows",
+        f"{tmp_path}/results.parquet was not written: run these shards to their end, or write what there is by "
+        "--partial",
+    ]
+    assert (tmp_path / "results.parquet").read_bytes() == b"of yesterday"
+    partial = merge(tmp_path, partial=True)
+    assert str(partial).splitlines() == [
+        f"{tmp_path}/results.parquet: 17 rows, 17 ok, 0 failed", *str(report).splitlines()[:-1]
+    ]  # fmt: skip
+    assert answers(tmp_path / "results.parquet") == [(row, sample(row).response) for row in range(17)]
+    assert (partial.complete, partial.gaps) == (False, report.gaps)
+    assert json.loads(json.dumps(partial.as_json()))["gaps"][0] == {"shard": 1, "begun": True, "missing": 3}
+
+
 async def test_a_text_manifests_total_is_known_once_it_was_read_to_its_end(tmp_path: Path) -> None:
     await fill(tmp_path, [sample(1)])
-    assert (merge(tmp_path).total, merge(tmp_path).missing) == (None, 0)
+    report = merge(tmp_path)
+    assert (report.total, report.missing, report.complete, report.file) == (None, 0, False, None)
+    assert "how many rows the manifest has is not known: no attempt has read it to its end" in str(report)
+    assert merge(tmp_path, partial=True).rows == 1
     output = Output.open(tmp_path, GUARD)
     await output.close(complete=True, total=3)
     assert (merge(tmp_path).total, merge(tmp_path).first_missing) == (3, (0, 2))
 
 
+async def test_a_limit_was_all_there_is_until_a_run_went_on_without_it(tmp_path: Path) -> None:
+    output = Output.open(tmp_path, GUARD)
+    output.add(sample(0))
+    await output.close(total=1)  # as a run of a text manifest with --limit 1 does
+    assert (merge(tmp_path).complete, merge(tmp_path).total) == (True, 1)
+    await fill(tmp_path, [sample(1)])
+    assert (merge(tmp_path).complete, merge(tmp_path).total) == (False, None)
+
+
+async def test_shards_of_text_are_counted_by_the_first_of_them(tmp_path: Path) -> None:
+    guard = replace(GUARD, shards=2)
+    await fill(tmp_path, [sample(0)], guard, shard=Shard(0, 2))
+    Index(GUARD.fingerprint, [FileIndex(rows=6)], whole=True).write(tmp_path)
+    assert (merge(tmp_path).total, merge(tmp_path).gaps) == (6, (Gap(0, True, 2), Gap(1, False, 3)))
+
+
 async def test_nothing_done_yet(tmp_path: Path) -> None:
     await fill(tmp_path, [], replace(GUARD, total=2))
-    report = merge(tmp_path)
+    report = merge(tmp_path, partial=True)
     assert (report.rows, report.first_missing) == (0, (0, 1))
     assert pq.read_schema(report.file).names == GUARD.schema.names
 
@@ -109,10 +151,10 @@ async def test_while_a_run_goes_on(tmp_path: Path) -> None:
         if row % 5 == 0:
             await asyncio.sleep(0.02)
             before = told.rows
-            report = await asyncio.to_thread(merge_function, tmp_path)
+            report = await asyncio.to_thread(merge, tmp_path, partial=True)
             assert before <= report.rows <= row + 1
     await output.close()
-    assert merge(tmp_path).rows == 40
+    assert merge(tmp_path, partial=True).rows == 40
 
 
 async def test_json_lines(tmp_path: Path) -> None:
@@ -128,7 +170,7 @@ async def test_json_lines(tmp_path: Path) -> None:
     guard = replace(GUARD, id_type="int64", kept=kept)
     await fill(tmp_path, [sample(1, id=-5, kept=values, response="é\n\u2028"), failed(0, id=None)], guard)
     for name, opener in (("r.jsonl", open), ("r.jsonl.gz", gzip.open)):
-        report = merge(tmp_path, tmp_path / name)
+        report = merge(tmp_path, tmp_path / name, partial=True)
         with opener(report.file, "rt", encoding="utf-8", newline="\n") as lines:
             first, second = (json.loads(line) for line in lines)
         assert list(first) == guard.schema.names
@@ -143,7 +185,7 @@ async def test_kept_columns_of_any_name(tmp_path: Path) -> None:
     kept = pa.schema([("images.source", pa.int64()), ("é ", pa.list_(pa.date32()))])
     values = {"images.source": 7, "é ": [date(2024, 2, 29), None]}
     await fill(tmp_path, [sample(0, kept=values)], replace(GUARD, kept=kept))
-    found = pq.read_table(merge(tmp_path).file).to_pylist()[0]
+    found = pq.read_table(merge(tmp_path, partial=True).file).to_pylist()[0]
     assert {name: found[name] for name in values} == values
     assert found["images"][0]["source"] == "0.jpg"
 
@@ -151,7 +193,8 @@ async def test_kept_columns_of_any_name(tmp_path: Path) -> None:
 async def test_the_files_metadata(tmp_path: Path) -> None:
     await fill(tmp_path, [sample(0)], metadata={"version": "1", "engine": "old"})
     await fill(tmp_path, [sample(1)], metadata={"version": "1", "engine": "new"})
-    found = {key.decode(): value.decode() for key, value in pq.read_metadata(merge(tmp_path).file).metadata.items()}
+    file = merge(tmp_path, partial=True).file
+    found = {key.decode(): value.decode() for key, value in pq.read_metadata(file).metadata.items()}
     assert {key: value for key, value in found.items() if key.startswith("batchvl")} == {
         "batchvl.engine": "old", "batchvl.engine.2": "new", "batchvl.fingerprint": "f00d",
         "batchvl.options": '{"model":"shapes"}', "batchvl.version": "1",
@@ -172,7 +215,7 @@ async def test_what_cannot_be_merged(tmp_path: Path) -> None:
     data[response.data_page_offset + response.total_compressed_size - 10] ^= 1
     part.write_bytes(data)
     with pytest.raises(BatchvlError, match=r"part-0001-000001.parquet: damaged"):
-        merge(tmp_path)
+        merge(tmp_path, partial=True)
     assert hidden(tmp_path) == []
 
 
@@ -182,54 +225,10 @@ async def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
 
     await fill(tmp_path, [sample(0)])
-    merge(tmp_path)
+    merge(tmp_path, partial=True)
     await fill(tmp_path, [sample(1)])
     for name in ("results.parquet", "r.jsonl", "r.jsonl.gz"):
         with pytest.raises(StoppedEarly, match="ENOSPC"):
-            merge(tmp_path, tmp_path / name, disk=Full())
+            merge(tmp_path, tmp_path / name, partial=True, disk=Full())
     assert len(answers(tmp_path / "results.parquet")) == 1
     assert hidden(tmp_path) == []
-
-
-def parts_of(*groups: list[tuple[int, int]]) -> list[Part]:
-    return [
-        Part(Path(str(n)), 1, 0, tuple(Group(low, high, 10) for low, high in some), {}, "")
-        for n, some in enumerate(groups)
-    ]
-
-
-def test_windows_follow_the_row_groups() -> None:
-    def cut(*groups: list[tuple[int, int]]) -> list[tuple[int, int, list[str]]]:
-        found = windows(parts_of(*groups), 20)
-        return [(window.low, window.high, [part.path.name for part in window.parts]) for window in found]
-
-    assert cut() == []
-    assert cut([(3, 9)]) == [(3, 10, ["0"])]
-    assert cut([(0, 9), (10, 19), (20, 29)], [(30, 39)]) == [(0, 20, ["0"]), (20, 40, ["0", "1"])]
-    # A part of few rows far apart is looked at in each window that it reaches into.
-    assert cut([(0, 9), (10, 19), (20, 29)], [(5, 99)]) == [(0, 10, ["0", "1"]), (10, 100, ["0", "1"])]
-    assert cut([(0, 5)], [(0, 5)], [(0, 5)]) == [(0, 6, ["0", "1", "2"])]
-    assert cut([(0, 1), (2, 3)], [(0, 50)], [(60, 70)]) == [(0, 2, ["0", "1"]), (2, 71, ["0", "1", "2"])]
-
-
-MEMORY = """
-import asyncio, resource, sys
-from pathlib import Path
-from batchvl.output import merge
-from tests.output.samples import fill, sample
-
-# Out of order within 5000 rows, as rows that were slow or tried again are.
-rows = (base + 7919 * row % 5000 for base in range(0, 40_000, 5000) for row in range(5000))
-asyncio.run(fill(Path(sys.argv[1]), (sample(row, response="x%d " % row * 700) for row in rows), part_rows=3000))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert merge(Path(sys.argv[1])).rows == 40_000
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-def test_memory_is_for_a_window_not_for_the_rows(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, tmp_path], check=True, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert int(done.stdout) < 150_000, f"{done.stdout} kB for 190 MB of rows"
