@@ -50,24 +50,29 @@ class Disk:
         os.unlink(path)
 
     def make_folder(self, path: Path) -> None:
-        """The folder and those above it, where they are not there yet."""
-        if path.is_dir():
-            return
-        self.make_folder(path.parent)
-        try:
-            os.mkdir(path)
-        except FileExistsError:
-            if not path.is_dir():
-                raise
-        self.sync_folder(path.parent)
+        """The folder and those above it, where they are not there yet; its name is on the disk on return."""
+        if not path.is_dir():
+            self.make_folder(path.parent)
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                if not path.is_dir():
+                    raise
+        self.sync_folder(path.parent)  # where it was there as well: whoever made it may have died before this
 
     def sync_folder(self, path: Path) -> None:
-        """Returns once the folder's entries (names made, changed, removed) are on the disk."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """Returns once the folder's entries (names made, changed, removed) are on the disk.
+
+        Where that cannot be had, it returns all the same: on a read-only disk, and of a folder that we may not read.
+        """
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError:
+            return
         try:
             os.fsync(fd)
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno not in UNSUPPORTED | {errno.EROFS}:
                 raise
         finally:
             os.close(fd)
@@ -122,8 +127,13 @@ class Disk:
             self.close(fd)
 
 
-def stopped(where: Path, error: OSError) -> StoppedEarly:
+def stopped(where: object, error: OSError) -> StoppedEarly:
     """What a failing disk means for the run."""
+    if error.errno == errno.EREMOTEIO:  # an object store's, which names the object
+        return StoppedEarly(
+            f"{error.filename}: {error.strerror}. All that was reported as done is kept: see to the network and the "
+            f"permissions, and run the same command again to go on"
+        )
     found = errno.errorcode.get(error.errno or 0, "")
     help = {"ENOSPC": "free some space", "EDQUOT": "free some of the quota"}.get(found, "see to the disk")
     return StoppedEarly(

@@ -12,11 +12,13 @@ import pyarrow as pa
 
 from ..errors import ResumeError
 from ..options import RunOptions, flag
+from .bucket import Bucket
 from .disk import Disk
 from .journal import FORMAT
 from .record import IdType, schema
 
 RUN_FILE = "run.json"
+_BEGINNING = b'{\n  "format": '
 _NO_COLUMNS = pa.schema([])
 
 
@@ -63,13 +65,19 @@ class Guard:
         return schema(self.id_type, self.kept)
 
     @classmethod
-    def read(cls, out: Path) -> Guard:
+    def read(cls, out: Path | Bucket) -> Guard:
         """The guard of an output folder.
 
-        Raises FileNotFoundError where there is none, and ResumeError where it cannot be read or is of a later format.
+        Raises ResumeError where there is none, or one that is damaged or of a later format, and other OSErrors.
         """
-        path = out / RUN_FILE
-        data = path.read_bytes()
+        try:
+            data = out.read(RUN_FILE) if isinstance(out, Bucket) else (out / RUN_FILE).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ResumeError(f"{out}: is no output folder of batchvl: it has no {RUN_FILE}") from None
+        return cls._decoded(data, out)
+
+    @classmethod
+    def _decoded(cls, data: bytes, out: Path | Bucket) -> Guard:
         try:
             number = msgspec.json.decode(data, type=_Format).format
             if number > FORMAT:
@@ -77,7 +85,7 @@ class Guard:
             found = msgspec.json.decode(data, type=_RunFile)
             kept = pa.ipc.read_schema(pa.py_buffer(b64decode(found.kept_schema)))
         except (msgspec.DecodeError, pa.ArrowException, ValueError) as error:
-            raise ResumeError(f"{path}: damaged ({error}): choose another output folder with -o") from None
+            raise ResumeError(f"{out}/{RUN_FILE}: damaged ({error}): choose another output folder with -o") from None
         return cls(
             found.fingerprint, found.options, found.shards, found.id_type, kept, found.manifest, found.total
         )  # fmt: skip
@@ -88,15 +96,24 @@ class Guard:
         Raises ResumeError naming all that differs where it is another run's, and OSError.
         """
         disk.make_folder(out)
-        if not (out / RUN_FILE).exists():
+        path = out / RUN_FILE
+        if not path.exists():
             try:
-                disk.put_new(out / RUN_FILE, self._encoded())
+                disk.put_new(path, self._encoded())
                 return
             except FileExistsError:
                 pass
+        elif _is_torn(path) and not any(out.glob("shard-*")):
+            disk.put(path, self._encoded())  # where there are no hard links, a first attempt can die over writing it
         self.compare(Guard.read(out), out)
 
-    def compare(self, there: Guard, out: Path) -> None:
+    def claim_prefix(self, bucket: Bucket) -> None:
+        """The same for a prefix on an object store. Of several first attempts at once the last one makes it: until each
+        has claimed it once more, others may believe that they did.
+        """
+        self.compare(self._decoded(bucket.put_first(RUN_FILE, self._encoded()), bucket), bucket)
+
+    def compare(self, there: Guard, out: Path | Bucket) -> None:
         """Raises ResumeError naming all in which this run differs from the one that the folder `out` belongs to."""
         found = list(self._differences(there))
         if found:
@@ -131,6 +148,15 @@ class Guard:
             b64encode(self.kept.serialize()).decode(), self.options,
         )  # fmt: skip
         return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
+
+
+def _is_torn(path: Path) -> bool:
+    data = path.read_bytes().rstrip(b"\0")
+    try:
+        msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        return _BEGINNING.startswith(data[: len(_BEGINNING)])
+    return False
 
 
 def _types(kept: pa.Schema) -> dict[str, str]:

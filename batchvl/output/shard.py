@@ -1,4 +1,4 @@
-"""One shard's folder, and one attempt at it.
+"""One shard's folder: what is in it, and what an attempt at it (`attempt.py`) does there.
 
     OUT/run.json                         what the run is: see `guard.py`
     OUT/shard-00000-of-00001/
@@ -13,15 +13,18 @@
 Every attempt writes files of its own names and only reads those of the others, so that attempts that do not see each
 other (two hosts, a file system without locks) cannot harm each other. What a dead attempt left behind stays where it
 is: journals are read, names that start with a dot are temporary and ignored.
+
+On an object store the layout is the same; `remote.py` has what differs.
 """
 
 from __future__ import annotations
 
-import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import msgspec
 import pyarrow as pa
@@ -29,14 +32,14 @@ import pyarrow as pa
 from ..values import Shard
 from .disk import Disk
 from .done import Tally
-from .journal import FORMAT, Journal
-from .lock import Holder, Lock
+from .journal import Journal
+from .lock import Holder, holder
 from .parts import Part
 
 _SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 _ATTEMPT = re.compile(r"(?:attempt|journal|part)-(\d+)[.-].*")
-_JOURNAL = re.compile(r"journal-(\d+)-(\d+)\.log")
-_PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
+JOURNAL = re.compile(r"journal-(\d+)-(\d+)\.log")
+PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
 
 Key = tuple[int, int]
 """Attempt and number: what a segment and its part have in common."""
@@ -53,9 +56,15 @@ class AttemptFile(msgspec.Struct, omit_defaults=True):
     since: str
     versions: dict[str, str]
     total: int | None = None
-    """The manifest's rows, where the attempt knew them at its start."""
+    """The manifest's rows, at most `--limit`, where the attempt knew them at its start or got to know them."""
+    codes: list[str] | None = None
+    """Of the failures that a retry asks again; None is all of them. Means nothing where `retry` is 0."""
+    ended: bool = False
+    """Whether a retry came to its end: the next one is another."""
     metadata: dict[str, str] = {}
     """What the run said about itself: EngineInfo and the like."""
+    up: float | None = None
+    """When it did, since the engine was up: seconds since the epoch."""
 
 
 class CompleteFile(msgspec.Struct):
@@ -66,24 +75,48 @@ class CompleteFile(msgspec.Struct):
     """The manifest's rows, all shards together."""
 
 
+class Stamp(NamedTuple):
+    """By what a file is known to have changed."""
+
+    time: float
+    """When it was written last, in seconds since the epoch, by the file system's clock."""
+    size: int
+
+
+class Elsewhere(Protocol):
+    """An output that does not lie on a disk: see `remote.py`."""
+
+    @property
+    def path(self) -> Path:
+        """The folder on a disk for what cannot lie there: journals, locks, logs."""
+
+    def folders(self) -> list[str]:
+        """The folders in it, by name."""
+
+    def shard(self, path: Path, shard: Shard) -> ShardFolder:
+        """The shard's folder there; path: the one on the disk."""
+
+
 @dataclass(frozen=True)
 class ShardFolder:
     """A shard's folder: what is in it, whoever wrote it."""
 
     path: Path
+    """Where its journals and all that a runner needs on a disk lie; on a disk, all of it."""
     shard: Shard
 
     @classmethod
-    def of(cls, out: Path, shard: Shard) -> ShardFolder:
+    def of(cls, out: Path | Elsewhere, shard: Shard) -> ShardFolder:
         """The shard's folder in the output folder `out`."""
-        return cls(out / f"shard-{shard.index:05d}-of-{shard.count:05d}", shard)
+        name = f"shard-{shard.index:05d}-of-{shard.count:05d}"
+        return cls(out / name, shard) if isinstance(out, Path) else out.shard(out.path / name, shard)
 
     @classmethod
-    def all(cls, out: Path) -> list[ShardFolder]:
+    def all(cls, out: Path | Elsewhere) -> list[ShardFolder]:
         """The shards' folders that are there, in order."""
-        found = [(path, _SHARD.fullmatch(path.name)) for path in out.iterdir()]
-        folders = [cls(path, Shard(int(match[1]), int(match[2]))) for path, match in found if match]
-        return sorted(folders, key=lambda folder: folder.shard.index)
+        names = [path.name for path in out.iterdir()] if isinstance(out, Path) else out.folders()
+        shards = [Shard(int(match[1]), int(match[2])) for match in map(_SHARD.fullmatch, names) if match]
+        return [cls.of(out, shard) for shard in sorted(shards, key=lambda shard: shard.index)]
 
     def journal(self, key: Key) -> Path:
         """Where a segment lies."""
@@ -93,20 +126,33 @@ class ShardFolder:
         """Where the segment's part lies."""
         return self.path / f"part-{key[0]:04d}-{key[1]:06d}.parquet"
 
-    def sources(self) -> Iterator[Part | Journal]:
+    def keys(self) -> tuple[set[Key], set[Key]]:
+        """The journals that no part was made of, and the parts. Of the former some may be parts by now."""
+        journals = keys(JOURNAL, self.here())  # before the parts: a journal goes only once its part is there
+        parts = keys(PART, self.names())
+        return journals - parts, parts
+
+    def sources(self, scratch: Path | None = None) -> Iterator[Part | Journal]:
         """All that holds records: the journals that no part was made of, then the parts.
+
+        scratch: a folder for copies of parts that are not on a disk, where their rows are wanted and not their footers
+        alone.
 
         Right while runners are at work here. Raises OSError, and ResumeError for what is damaged or too new.
         """
-        journals = self._keys(_JOURNAL)  # before the parts: a journal goes only once its part is there
-        parts = self._keys(_PART)
-        for key in sorted(journals - parts):
+        journals, parts = self.keys()
+        for key in sorted(journals):
             try:
                 yield Journal.read(self.journal(key))
             except FileNotFoundError:
                 parts.add(key)
-        for key in sorted(parts):
-            yield Part.read(self.part(key))
+        for _, read in self.reading(sorted(parts), scratch):
+            yield read()
+
+    def reading(self, keys: Iterable[Key], scratch: Path | None = None) -> Iterator[tuple[Key, Callable[[], Part]]]:
+        """For each part what reads it; that raises what `Part.read` raises. scratch: as of `sources`."""
+        for key in keys:
+            yield key, partial(Part.read, self.part(key))
 
     def recover(self) -> Tally:
         """Which rows are done, and how, by all attempts so far."""
@@ -119,68 +165,86 @@ class ShardFolder:
 
     def attempts(self) -> Iterator[AttemptFile]:
         """What the attempts said about themselves; one that died over saying it is left out."""
-        for path in sorted(self.path.glob("attempt-*.json")):
+        for name in sorted(name for name in self.names() if name.startswith("attempt-")):
             try:
-                yield msgspec.json.decode(path.read_bytes(), type=AttemptFile)
+                yield msgspec.json.decode(self.read(name), type=AttemptFile)
             except msgspec.DecodeError:
                 continue
 
     def complete(self) -> CompleteFile | None:
         """Whether an attempt reached the shard's end."""
         try:
-            return msgspec.json.decode((self.path / "complete.json").read_bytes(), type=CompleteFile)
+            return msgspec.json.decode(self.read("complete.json"), type=CompleteFile)
         except FileNotFoundError:
             return None
 
+    def files(self) -> dict[str, Stamp]:
+        """All files by name. Raises OSError."""
+        found = {}
+        for path in self.path.iterdir():
+            try:
+                now = path.stat()
+            except FileNotFoundError:
+                continue
+            found[path.name] = Stamp(now.st_mtime, now.st_size)
+        return found
+
+    def holder(self) -> Holder | None:
+        """The runner at work here, or dead; None where the last one ended in order. Raises OSError."""
+        return holder(self.path / "lock")
+
     def last_attempt(self) -> int:
         """The highest number that an attempt has taken, 0 where there was none."""
-        return max((key[0] for key in self._keys(_ATTEMPT)), default=0)
+        return max((key[0] for key in keys(_ATTEMPT, {*self.here(), *self.names()})), default=0)
 
-    def _keys(self, pattern: re.Pattern[str]) -> set[Key]:
-        matches = (pattern.fullmatch(path.name) for path in self.path.iterdir())
-        return {(int(m[1]), int(m[2]) if pattern.groups > 1 else 0) for m in matches if m}
+    def next_attempt(self) -> int:
+        """A number for an attempt, above all that were taken."""
+        return self.last_attempt() + 1
+
+    def here(self) -> Iterable[str]:
+        """The names of the files on the disk. Raises OSError."""
+        return [path.name for path in self.path.iterdir()]
+
+    def names(self) -> Iterable[str]:
+        """The names of the finished files. Raises OSError."""
+        return self.here()
+
+    def read(self, name: str) -> bytes:
+        """A small finished file. Raises OSError."""
+        return (self.path / name).read_bytes()
+
+    # What an attempt does; `disk` is what it writes with. All raise OSError.
+
+    def put(self, name: str, data: bytes, disk: Disk) -> None:
+        """Writes a small file, over what is there."""
+        disk.put(self.path / name, data)
+
+    def put_new(self, name: str, data: bytes, disk: Disk) -> None:
+        """The same, but FileExistsError where there is such a file."""
+        disk.put_new(self.path / name, data)
+
+    def settle(self, key: Key, disk: Disk) -> None:
+        """Removes a segment whose part is in its place."""
+        disk.remove(self.journal(key))
+        disk.sync_folder(self.path)
+
+    def rescue(self, schema: pa.Schema, metadata: Mapping[str, str], disk: Disk) -> None:
+        """Brings to where all see it what attempts that have ended left where only this machine does."""
+
+    def beat(self, holder: Holder | None) -> None:
+        """Tells who is at work, or that nobody is any more, where the lock is not seen."""
+
+    def wait(self) -> None:
+        """Returns once all that was put is where it belongs. Raises StoppedEarly and ResumeError as well."""
+
+    def leave(self) -> None:
+        """What is still on its way stays here."""
+
+    def forget(self, attempt: int) -> None:
+        """Takes back an attempt that has recorded nothing, also from where the disk's files are not."""
 
 
-class Attempt:
-    """An attempt at a shard: holds its lock and has a number of its own."""
-
-    def __init__(self, folder: ShardFolder, *, retry: int, total: int | None, disk: Disk) -> None:
-        """Makes the folder, takes the lock, takes the next number. Raises ResumeError and OSError."""
-        self.folder, self._disk = folder, disk
-        disk.make_folder(folder.path)
-        self._lock = Lock(folder.path / "lock")
-        try:
-            self._file = self._claim(retry, total)
-        except BaseException:
-            self._lock.release()
-            raise
-        self.number, self.retry = self._file.attempt, retry
-
-    def _claim(self, retry: int, total: int | None) -> AttemptFile:
-        me = Holder.me()
-        versions = {"python": platform.python_version(), "pyarrow": pa.__version__, "msgspec": msgspec.__version__}
-        number = self.folder.last_attempt()
-        while True:
-            number += 1
-            file = AttemptFile(FORMAT, number, retry, me.host, me.pid, me.since, versions, total)
-            try:
-                self._disk.put_new(self._path(number), msgspec.json.encode(file))
-            except FileExistsError:
-                continue  # somebody whom the lock does not keep out was faster
-            return file
-
-    def describe(self, metadata: Mapping[str, str]) -> None:
-        """Writes what the run says about itself into the attempt's file. Raises OSError."""
-        self._file.metadata = dict(metadata)
-        self._disk.put(self._path(self.number), msgspec.json.encode(self._file))
-
-    def complete(self, total: int | None) -> None:
-        """Tells that the shard's end was reached; total: the manifest's rows. Raises OSError."""
-        self._disk.put(self.folder.path / "complete.json", msgspec.json.encode(CompleteFile(FORMAT, total)))
-
-    def release(self) -> None:
-        """Lets the next one in."""
-        self._lock.release()
-
-    def _path(self, number: int) -> Path:
-        return self.folder.path / f"attempt-{number:04d}.json"
+def keys(pattern: re.Pattern[str], names: Iterable[str]) -> set[Key]:
+    """The keys in the names that match."""
+    matches = map(pattern.fullmatch, names)
+    return {(int(m[1]), int(m[2]) if pattern.groups > 1 else 0) for m in matches if m}

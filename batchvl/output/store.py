@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from ..errors import OptionError
+from ..errors import BatchvlError, OptionError
 from ..options import OutputOptions
 from ..values import Shard
+from .attempt import Attempt
+from .bucket import RemoteError
 from .disk import FAILING, Disk, stopped
-from .done import Bitmap
+from .done import Bitmap, Tally
 from .guard import RUN_FILE, Guard
 from .record import Counts, Record
-from .shard import Attempt, ShardFolder
+from .redo import Redo
+from .remote import Remote
+from .shard import ShardFolder
 from .writer import OnCommit, Writer
 
 
@@ -37,20 +43,24 @@ class Output:
     """The rows that earlier attempts recorded, ok and failed; it does not grow with this attempt's."""
     counts: Counts
     """The same rows, counted."""
+    redo: Bitmap | None
+    """Where this is a retry, the rows that it asks: they are neither in `done` nor counted, and all before them is."""
 
-    def __init__(self, guard: Guard, attempt: Attempt, writer: Writer, done: Bitmap, counts: Counts) -> None:
+    def __init__(
+        self, guard: Guard, attempt: Attempt, writer: Writer, done: Bitmap, counts: Counts, redo: Bitmap | None
+    ) -> None:
         self._guard, self._attempt, self._writer = guard, attempt, writer
-        self.done, self.counts = done, counts
+        self.done, self.counts, self.redo = done, counts, redo
 
     @classmethod
     def open(
-        cls, folder: Path, guard: Guard, shard: Shard | None = None, *, options: OutputOptions | None = None,
-        on_commit: OnCommit | None = None, retry: int = 0, disk: Disk | None = None,
+        cls, folder: Path | Remote, guard: Guard, shard: Shard | None = None, *, options: OutputOptions | None = None,
+        on_commit: OnCommit | None = None, redo: Redo | None = None, disk: Disk | None = None,
     ) -> Output:  # fmt: skip
         """Takes the shard's lock, compares `run.json`, takes an attempt's number and finds out what is done.
 
-        on_commit is called on the event loop's thread with the counts of what has just become durable. retry is the
-        how-manieth `retry` of the run this is: its results win over earlier ones. Blocks; needs no event loop.
+        on_commit is called on the event loop's thread with the counts of what has just become durable. With `redo` it
+        is a retry of failed rows, whose results win over the earlier ones. Blocks; needs no event loop.
 
         Raises ResumeError (another run's folder, a runner at work in it, files damaged or too new), OptionError (a kept
         column's name, a folder that cannot be made or written) and StoppedEarly (the disk is full or failing).
@@ -58,14 +68,24 @@ class Output:
         shard, options, disk = shard or Shard(0, guard.shards), options or OutputOptions(), disk or Disk()
         schema = guard.schema
         try:
-            guard.claim(folder, disk)
-            attempt = Attempt(ShardFolder.of(folder, shard), retry=retry, total=guard.total, disk=disk)
+            if isinstance(folder, Remote):
+                folder.claim(guard, disk)
+            else:
+                guard.claim(folder, disk)
+            place = ShardFolder.of(folder, shard)
+            if redo is None:
+                attempt = Attempt(place, retry=0, total=guard.total, disk=disk)
+            else:
+                attempt = Attempt(place, retry=redo.number(place), total=None, disk=disk, codes=redo.told)
         except OSError as error:
-            if error.errno in FAILING:
+            was_written = isinstance(folder, Path) and (folder / RUN_FILE).exists()
+            if error.errno in FAILING or (error.errno == errno.EROFS and was_written):
                 raise stopped(folder, error) from error
             raise OptionError(f"-o {folder}: cannot be written: {error.strerror}") from error
         try:
+            attempt.folder.rescue(schema, _about(guard), disk)
             tally = attempt.folder.recover()
+            left = None if redo is None else redo.left(attempt.folder, tally, attempt.retry)
         except OSError as error:
             attempt.release()
             raise stopped(attempt.folder.path, error) from error
@@ -74,9 +94,16 @@ class Output:
             raise
         writer = Writer(
             attempt, schema, commit_seconds=options.commit_seconds, part_rows=options.part_rows, disk=disk,
-            on_commit=on_commit,
+            part_seconds=options.upload_seconds if isinstance(folder, Remote) else None, on_commit=on_commit,
         )  # fmt: skip
-        return cls(guard, attempt, writer, tally.rows(), tally.counts())
+        done, counts, again = tally.rows(), tally.counts(), None
+        if left is not None:
+            again = Tally(failed=left).rows()
+            kept = {code: rows - len(left.get(code, ())) for code, rows in counts.failed.items()}
+            counts.failed = {code: rows for code, rows in kept.items() if rows}
+            done = Bitmap.below(again.stop)
+            done -= again
+        return cls(guard, attempt, writer, done, counts, again)
 
     @property
     def complete(self) -> bool:
@@ -109,12 +136,21 @@ class Output:
 
         Fingerprint and options are added. Raises StoppedEarly.
         """
-        own = {"fingerprint": self._guard.fingerprint, "options": msgspec.json.encode(self._guard.options).decode()}
         try:
             self._attempt.describe(metadata)
         except OSError as error:
             raise stopped(self.folder, error) from error
-        self._writer.describe(dict(metadata) | own)
+        self._writer.describe({**metadata, **_about(self._guard)})
+
+    def beat(self, total: int | None) -> None:
+        """A sign of life for who watches from elsewhere, also while there is nothing to write. In any thread.
+
+        total: the manifest's rows, as well as they are known.
+        """
+        try:
+            self._attempt.beat(total)
+        except (OSError, BatchvlError):
+            pass  # the next commit, or part, tells of what fails
 
     def add(self, record: Record) -> None:
         """Hands over a row's result: a few microseconds, never waits. `on_commit` tells when it is durable.
@@ -131,12 +167,19 @@ class Output:
         """Commits what is left, makes the last part and lets go of the lock, whatever happens.
 
         complete: the shard's end was reached; total: the manifest's rows, where they were not known before.
-        Raises StoppedEarly where not all could be written: what `on_commit` told of is kept.
+        Raises StoppedEarly where not all could be written, and ResumeError where the place has become another run's
+        meanwhile: what `on_commit` told of is kept.
         """
         try:
             await self._writer.close()
             if complete:
-                self._attempt.complete(self._guard.total if total is None else total)
+                if self.redo is not None:
+                    self._attempt.end()
+                else:
+                    self._attempt.complete(self._guard.total if total is None else total)
+            elif total is not None and self.redo is None:
+                self._attempt.count(total)
+            await asyncio.to_thread(self._attempt.finish)
         except OSError as error:
             raise stopped(self.folder, error) from error
         finally:
@@ -147,8 +190,12 @@ class Output:
         not start binds no later one to its settings. With `logs`, files that may tell why stay.
         """
         shard = self._attempt.folder
-        if any(True for _ in shard.sources()):
-            return
+        try:
+            if any(True for _ in shard.sources()):
+                return
+            shard.forget(self.attempt)
+        except RemoteError:
+            return  # it binds the later ones, then
         out, name = shard.path.parent, f"{self.attempt:04d}"
         if not logs:
             replicas = shard.path.glob(f"engine-{name}-*.log")
@@ -159,3 +206,8 @@ class Output:
                 shard.path.rmdir()
         if all(found.path == shard.path for found in ShardFolder.all(out)):
             (out / RUN_FILE).unlink(missing_ok=True)
+
+
+def _about(guard: Guard) -> dict[str, str]:
+    """What a guard adds to the parts' metadata."""
+    return {"fingerprint": guard.fingerprint, "options": msgspec.json.encode(guard.options).decode()}

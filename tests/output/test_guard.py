@@ -88,7 +88,21 @@ def test_a_later_format_and_damage_are_told(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"format": 2, "something": "new"}')
     with pytest.raises(ResumeError, match="has format 2; this batchvl reads up to 1"):
         GUARD.claim(tmp_path, Disk())
-    (tmp_path / "run.json").write_text("{")
+    (tmp_path / "run.json").write_text("{]")
+    with pytest.raises(ResumeError, match=r"run.json: damaged"):
+        GUARD.claim(tmp_path, Disk())
+
+
+def test_one_that_its_writer_died_over_is_made_again_as_long_as_nothing_was_run(tmp_path: Path) -> None:
+    """Where there are no hard links it is not written whole or not at all."""
+    GUARD.claim(tmp_path, Disk())
+    whole = (tmp_path / "run.json").read_bytes()
+    for torn in (whole[:0], whole[:7], whole[: len(whole) // 2], whole[:40] + bytes(100), bytes(len(whole))):
+        (tmp_path / "run.json").write_bytes(torn)
+        replace(GUARD, fingerprint="another").claim(tmp_path, Disk())
+        assert Guard.read(tmp_path).fingerprint == "another"
+    (tmp_path / "run.json").write_bytes(whole[:50])
+    (tmp_path / "shard-00000-of-00001").mkdir()
     with pytest.raises(ResumeError, match=r"run.json: damaged"):
         GUARD.claim(tmp_path, Disk())
 

@@ -96,7 +96,7 @@ async def test_a_run_that_ends_undescribed_keeps_its_rows(tmp_path: Path) -> Non
     output = Output.open(tmp_path, GUARD)
     output.add(failed(0))
     await output.close()
-    assert merge(tmp_path).counts == Counts(0, {"missing_file": 1})
+    assert merge(tmp_path, partial=True).counts == Counts(0, {"missing_file": 1})
 
 
 async def test_an_attempt_without_rows_leaves_no_journal(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ async def test_whoever_is_too_fast_waits(tmp_path: Path, monkeypatch: pytest.Mon
         most = max(most, output._writer._uncommitted)
     await output.close()
     assert most < 130_000
-    assert merge(tmp_path).rows == 300
+    assert merge(tmp_path, partial=True).rows == 300
 
 
 async def test_parts_are_rolled_by_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ async def test_a_part_and_its_journal_are_not_counted_twice(tmp_path: Path) -> N
     assert {"journal-0001-000001.log", "part-0001-000001.parquet"} <= names(tmp_path)
     output = await fill(tmp_path, [sample(10)])
     assert output.counts == Counts(10)
-    assert merge(tmp_path).rows == 11
+    assert merge(tmp_path, partial=True).rows == 11
     assert "journal-0001-000001.log" in names(tmp_path)  # of another attempt: only read
 
 
@@ -191,7 +191,7 @@ async def test_attempts_that_do_not_see_each_other(tmp_path: Path) -> None:
     first.describe({"engine": "a"})
     second.describe({"engine": "b"})
     await asyncio.gather(first.close(), second.close())
-    assert merge(tmp_path).counts == Counts(10)
+    assert merge(tmp_path, partial=True).counts == Counts(10)
     third = Output.open(tmp_path, GUARD)
     assert (third.attempt, third.counts) == (3, Counts(10))
     await third.close()
@@ -211,125 +211,6 @@ async def test_a_folder_deleted_under_the_run(tmp_path: Path) -> None:
     output.add(sample(1))
     with pytest.raises(StoppedEarly, match="deleted"):
         await output.close()
-
-
-class Unsynced(Disk):
-    """Quick: nobody pulls the plug here."""
-
-    def sync(self, fd: int) -> None:
-        pass
-
-    def sync_folder(self, path: Path) -> None:
-        pass
-
-
-class Failing(Unsynced):
-    """Fails with EIO at its call number `at`, counted from 1, and at all later ones."""
-
-    def __init__(self, at: int) -> None:
-        self.at, self.calls = at, 0
-
-    def _call(self) -> None:
-        self.calls += 1
-        if self.calls >= self.at:
-            raise OSError(5, "Input/output error")
-
-    def create(self, path: Path) -> int:
-        self._call()
-        return super().create(path)
-
-    def write(self, fd: int, data: bytes | memoryview) -> None:
-        try:
-            self._call()
-        except OSError:
-            super().write(fd, data[: len(data) // 2])
-            raise
-        super().write(fd, data)
-
-    def sync(self, fd: int) -> None:
-        self._call()
-        super().sync(fd)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._call()
-        super().rename(source, target)
-
-    def link(self, source: Path, target: Path) -> None:
-        self._call()
-        super().link(source, target)
-
-    def remove(self, path: Path) -> None:
-        self._call()
-        super().remove(path)
-
-    def sync_folder(self, path: Path) -> None:
-        self._call()
-        super().sync_folder(path)
-
-
-async def test_a_disk_that_fails_at_any_call(tmp_path: Path) -> None:
-    """Also stands for a kill there: a call that fails for good leaves what a kill before it leaves."""
-    at = 0
-    while True:
-        at += 1
-        out, told, disk = tmp_path / str(at), Counts(), Failing(at)
-        try:
-            await fill(out, [sample(row) for row in range(15)], part_rows=10, on_commit=told.add, disk=disk)
-            break
-        except StoppedEarly as error:
-            message = str(error)
-        assert "Input/output error (EIO)" in message
-        output = Output.open(out, GUARD, options=options(), disk=Unsynced())
-        assert output.counts.rows >= told.rows
-        assert set(range(told.rows)) <= set(output.done)
-        output.describe({})
-        for row in range(15):
-            if row not in output.done:
-                output.add(sample(row))
-        await output.close()
-        assert merge(out, disk=Unsynced()).rows == 15, at
-        table = pq.read_table(out / "results.parquet")
-        assert table["response"].to_pylist() == [sample(row).response for row in range(15)], at
-    assert at > 40  # the failures really went through journal, part and rename
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"mounting a tmpfs is not possible here: {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-async def test_a_full_disk(small_disk: Path) -> None:
-    out, told = small_disk / "out", Counts()
-    (small_disk / "ballast").write_bytes(bytes(500_000))
-    output = Output.open(out, GUARD, options=options(part_rows=300), on_commit=told.add)
-    output.describe({})
-
-    async def answer() -> None:
-        for row in range(2000):
-            await output.room()
-            output.add(sample(row, response=os.urandom(500).hex()))
-            if row % 50 == 0:
-                await asyncio.sleep(0.02)
-
-    with pytest.raises(StoppedEarly, match=r"No space left on device \(ENOSPC\).*free some space and run the same"):
-        await answer()
-    with pytest.raises(StoppedEarly):
-        await output.close()
-    assert told.rows > 100
-
-    (small_disk / "ballast").unlink()
-    output = Output.open(out, GUARD, options=options())
-    assert set(range(told.rows)) <= set(output.done)
-    output.describe({})
-    output.add(sample(told.rows + 1000))
-    await output.close()
-    assert merge(out).rows == len(output.done) + 1
 
 
 async def test_an_error_of_our_own_is_not_hidden(tmp_path: Path) -> None:

@@ -1,69 +1,14 @@
 """The same command again: goes on where the last one was, however that ended."""
 
+import json
 import os
-import random
-import signal
 import subprocess
-import time
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-import batchvl
 from batchvl.errors import ResumeError
 
-from .running import (
-    PATIENCE,
-    alive,
-    answers,
-    command,
-    environment,
-    family,
-    journalled,
-    questions,
-    responses,
-    run,
-    shell,
-    wait_until,
-)  # fmt: skip
-
-ROWS = 4000
-
-
-def durable(out: Path, file: Path) -> dict[int, dict]:
-    """What an output folder holds at this moment, by row."""
-    batchvl.merge(out, file)
-    return {row["row"]: row for row in pq.read_table(file).to_pylist()}
-
-
-def test_kill_9_loses_nothing_and_changes_nothing(tmp_path):
-    manifest, out = questions(tmp_path / "m.jsonl", ROWS), tmp_path / "m-batchvl"
-    behaviour = {"delay": 0.02, "spread": 0.03, "fail_every": 7}
-    flags = ("--batch-size", "8", "--commit-seconds", "0.02", "--part-rows", "300", "--accept-failures", "20%")
-    draw, before = random.Random(7), {}
-    for attempt in range(5):
-        with (tmp_path / "log").open("wb") as log:
-            process = subprocess.Popen(
-                command(manifest, *flags, fake=behaviour), stdout=log, stderr=log, env=environment()
-            )
-        had = journalled(out)
-        wait_until(lambda p=process, had=had: journalled(out) > had or p.poll() is not None)
-        time.sleep(draw.random() * 0.3)  # at a random moment
-        others = family(process.pid)
-        process.kill()
-        assert process.wait(PATIENCE) == -signal.SIGKILL, (tmp_path / "log").read_text()
-        wait_until(lambda others=others: not alive(others))  # nobody outlives the runner
-        now = durable(out, tmp_path / f"{attempt}.parquet")
-        assert before.items() <= now.items(), "what was committed is unchanged"
-        assert len(now) > len(before)
-        before = now
-    assert len(before) < ROWS, "all kills came before the end"
-    summary = run(manifest, {"fail_every": 7}, accept_failures="20%")
-    assert (summary.exit_code, summary.resumed, summary.rows) == (0, len(before), ROWS)
-    assert responses(summary) == [f"q {n}" if n % 7 else None for n in range(ROWS)]
-    after = {row["row"]: row for row in answers(summary)}
-    assert before.items() <= after.items()
+from .running import answers, command, environment, questions, responses, run, shell, wait_until  # fmt: skip
 
 
 def test_settings_without_a_meaning_may_change(tmp_path):
@@ -108,6 +53,25 @@ def test_a_finished_run_says_so_and_starts_nothing(name, tmp_path, monkeypatch):
     assert answers(again) == answers(first)
     (out / "results.parquet").unlink()
     assert len(answers(run(manifest))) == 150, "and merges, were the results lost"
+
+
+def test_the_summary_tells_of_the_end_also_where_the_run_that_came_to_it_was_killed_before_it_wrote_one(tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 150)
+    file = tmp_path / "m-batchvl" / "summary.json"
+    run(manifest)
+    done = json.loads(file.read_bytes())
+    file.write_text(json.dumps(done | {"rows": 90, "exit_code": 75}))  # an earlier run's: stopped by a signal
+    assert "nothing left to do" in str(run(manifest))
+    found = json.loads(file.read_bytes())
+    assert (found["rows"], found["exit_code"]) == (150, 0)
+
+
+def test_a_run_that_adds_no_row_does_not_say_that_none_was_left(tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 60)
+    run(manifest, limit=20)
+    summary = run(manifest, {"die_on": [*range(20, 60)]})
+    assert (summary.exit_code, summary.rows, summary.resumed) == (1, 20, 20)
+    assert "nothing left to do" not in str(summary)
 
 
 def test_two_runners_at_once(tmp_path):
