@@ -12,16 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["BatchvlError", "FakeEngine", "Summary", "__version__", "merge", "run"]
+__all__ = ["BatchvlError", "FakeEngine", "Summary", "__version__", "merge", "retry", "run", "status", "validate"]
 
 if TYPE_CHECKING:
     from .engines.fake import FakeEngine
     from .errors import BatchvlError
     from .job import run
-    from .output import merge
+    from .output import merge, status
+    from .rerun import retry
     from .summary import Summary
+    from .validation import validate
 
-_HOMES = {"BatchvlError": "errors", "FakeEngine": "engines.fake", "Summary": "summary", "merge": "output", "run": "job"}
+_HOMES = {
+    "BatchvlError": "errors",
+    "FakeEngine": "engines.fake",
+    "Summary": "summary",
+    "merge": "output",
+    "retry": "rerun",
+    "run": "job",
+    "status": "output",
+    "validate": "validation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,8 @@ from .engines.protocol import EngineInfo
 from .engines.replicas import Replicas
 from .errors import BatchvlError, OptionError, RowError
 from .images.workers import ImageWorkers, RowFailed
-from .job import Job, told
+from .job import Job
+from .jobfile import told
 from .options import RunOptions
 from .output import Output
 from .request import Request, Row

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import glob
 import os
-import re
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
@@ -22,26 +20,31 @@ from .engines.protocol import EngineInfo
 from .engines.registry import PRELOADS, choose
 from .engines.replicas import Replicas
 from .engines.spec import spec_of
-from .errors import BatchvlError, EngineLost, OptionError, StoppedEarly, TooManyFailures, UsageError
-from .images.arena import Arena
+from .errors import BatchvlError, EngineLost, OptionError, ResumeError, StoppedEarly, TooManyFailures, UsageError
+from .images.arena import BLOCK, Arena, usual_bytes
 from .images.fetch import Fetcher
+from .images.files import check_roots
 from .images.workers import ImageWorkers
-from .jobfile import JOB_FILE, gather, read_job
+from .jobfile import told
 from .lifeline import Lifeline
 from .manifest import Manifest
 from .options import RunOptions, flag
-from .output import Counts, Guard, Output, merge
+from .output import Counts, Guard, Output, Redo, merge
+from .output.disk import Disk, stopped
+from .output.location import beside, located
+from .output.lock import BEAT_SECONDS
 from .progress import Progress
 from .prompt import Prompter
 from .request import Row
-from .resources import MIB, cpus, memory
+from .resources import cpus
 from .runner import Runner
 from .signals import heard
+from .slurm import kill_wait
 from .summary import Summary, summarise
-from .values import Size, share
+from .values import Shard, Size, share
 
-_ARENA_LEAST, _ARENA_MOST = 256 * MIB, 8192 * MIB
-_BLOCK = 64 * 1024
+WRITING_SECONDS = 5.0
+"""Of what Slurm leaves before it kills, for writing what was answered."""
 _RATE_ROWS = 100
 """Rows before a share of failures means anything where the manifest's length is not known."""
 
@@ -63,38 +66,26 @@ def run(
     return Job(*told(manifest, config, options), quiet=quiet).run()
 
 
-def told(
-    manifest: str | os.PathLike[str] | None, config: str | None, options: dict[str, Any]
-) -> tuple[str, RunOptions]:
-    """What a run was told, all places taken together: the manifest, and every option. Raises OptionError."""
-    job = read_job(config) if config else {}
-    named = job.pop("manifest", None)
-    if manifest is not None and not isinstance(manifest, str | os.PathLike):
-        raise OptionError(f"the manifest is a path or a glob; found {manifest!r:.80}")
-    source = os.fspath(manifest) if manifest is not None else named
-    if source is None:
-        raise OptionError("no manifest: name one, or write `manifest = ...` into the job file of --config")
-    beside = Path(source).parent / JOB_FILE
-    if not config and beside.is_file():
-        job = {name: value for name, value in read_job(beside).items() if name != "manifest"}
-    return source, RunOptions.of(**gather(options, os.environ, job))
-
-
 class Job:
     """One run of one shard of a manifest."""
 
-    def __init__(self, source: str, options: RunOptions, *, quiet: bool = False) -> None:
+    def __init__(
+        self, source: str, options: RunOptions, *, quiet: bool = False, redo: Redo | None = None,
+        disk: Disk | None = None,
+    ) -> None:  # fmt: skip
+        """redo: which rows to ask again, instead of those that have not been asked. disk: what the output is written
+        by, for tests that fail or kill there. Raises OptionError.
+        """
         engine: Any = choose(options.engine.engine, options.engine.device)
         self.options = options = replace(options, engine=replace(options.engine, engine=engine))
-        self.source, self.quiet, self.shard = source, quiet, options.manifest.shard
-        self.folder = Path(options.output.output or _beside(source))
+        self.source, self.quiet, self.redo, self.shard = source, quiet, redo, options.manifest.shard
+        self.out, self._disk = located(options.output.output or beside(source), options.output.work), disk
+        self.folder = self.out if isinstance(self.out, Path) else self.out.path
         self.spec = spec_of(options)
         self.places = places(options)
         for name in ("accept_failures", "max_failures"):
             share(getattr(options.output, name) or "0", 0, flag(name))
-        for root in options.fetch.image_root:
-            if not Path(root).is_dir():
-                raise OptionError(f"--image-root: {root} is no folder")
+        check_roots(options.fetch.image_root)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[Any] | None = None
         self._runner: Runner | None = None
@@ -102,6 +93,8 @@ class Job:
         self._engine: EngineInfo | None = None
         self._engine_seconds, self._gpu_wait, self._engine_deaths, self._engine_restarts = 0.0, 0.0, 0, 0
         self._total: int | None = None
+        self._again = 0  # rows that are asked again
+        self._kill_wait: float | None = None
 
     def run(self) -> Summary:
         """Runs to the end or to the first reason to stop. Raises a BatchvlError where nothing could be run.
@@ -132,14 +125,22 @@ class Job:
             manifest.fingerprint, self.options.meaning(), self.shard.count, manifest.schema.id_type,
             manifest.schema.kept, self.source, manifest.total,
         )  # fmt: skip
-        output = Output.open(self.folder, guard, self.shard, options=self.options.output, on_commit=self._commit)
+        output = Output.open(
+            self.out, guard, self.shard, options=self.options.output, on_commit=self._commit, redo=self.redo,
+            disk=self._disk,
+        )  # fmt: skip
         self._before = output.counts
+        self._again = len(output.redo) if output.redo is not None else 0
         self.progress = Progress(self._expected, self._before, quiet=self.quiet)
+        if self.redo is not None:
+            self.progress.say(f"asking {self._again:,} failed rows again")
+        asking = asyncio.create_task(self._ask_slurm())
         with heard(self._stop, self._leave):
+            if (after := self.options.output.stop_after) is not None:
+                self._loop.call_later(after, self._stop, f"--stop-after {after}")
             error, ended = None, False
             try:
-                if not self._complete(output):
-                    ended = await self._answer(output)
+                ended = self._complete(output) or await self._answer(output)
             except asyncio.CancelledError:
                 if self._stopped is None:
                     raise
@@ -149,11 +150,13 @@ class Job:
             finally:
                 try:
                     await output.close(ended and self.options.manifest.limit is None, self._total)
-                except StoppedEarly as raised:
+                except (StoppedEarly, ResumeError) as raised:
                     error = error or raised
                 self.progress.close()
+                asking.cancel()
             if isinstance(error, UsageError | EngineLost):
-                output.withdraw(logs=isinstance(error, EngineLost))
+                with suppress(OSError):  # the error that led here is the one to tell
+                    output.withdraw(logs=isinstance(error, EngineLost))
             if isinstance(error, UsageError):
                 if new:
                     with suppress(OSError):
@@ -163,6 +166,8 @@ class Job:
 
     def _complete(self, output: Output) -> bool:
         """Whether earlier runs left nothing to do, so that no engine is needed."""
+        if output.redo is not None:
+            return not self._again
         limit = self.options.manifest.limit
         if (
             limit is not None
@@ -181,24 +186,29 @@ class Job:
         """Opens every stage, runs, and closes them in turn; True once the shard is at its end."""
         options = self.options
         lifeline, environment = Lifeline(), dict(os.environ)
-        size = options.image.arena_bytes or min(max(memory() // 8, _ARENA_LEAST), _ARENA_MOST * len(self.places))
+        size = options.image.arena_bytes or usual_bytes(len(self.places))
         async with AsyncExitStack() as stack:
             stack.callback(lifeline.close)
             stack.callback(asyncio.create_task(self.progress.tick()).cancel)
+            stack.callback(asyncio.create_task(self._beat(output)).cancel)
             self._opening = asyncio.current_task()
             try:
                 # Pixels of thirteen tiles are 16 MB, their file a hundredth of that.
-                encoded, prepared = (Arena(max(1, part // _BLOCK), _BLOCK) for part in (size // 4, size * 3 // 4))
+                encoded, prepared = (Arena(max(1, part // BLOCK), BLOCK) for part in (size // 4, size * 3 // 4))
             except OSError as error:
                 raise OptionError(f"--arena-bytes: no {Size(size)} of memory to be had: {error.strerror}") from None
             stack.callback(encoded.close)
             stack.callback(prepared.close)
             log = output.folder / f"images-{output.attempt:04d}.log"
+            try:
+                log_file = stack.enter_context(log.open("wb"))
+            except OSError as failed:
+                raise stopped(log, failed) from failed
             preload, arenas = PRELOADS.get(self.spec.engine), (encoded, prepared)
             workers = await stack.enter_async_context(
                 ImageWorkers(
                     preload, options.image, options.fetch.max_image_bytes, self._roots(), arenas,
-                    options.image.image_workers or cpus(), lifeline, environment, stack.enter_context(log.open("wb")),
+                    options.image.image_workers or cpus(), lifeline, environment, log_file,
                 )
             )  # fmt: skip
             log = output.folder / f"engine-{output.attempt:04d}.log"
@@ -240,20 +250,39 @@ class Job:
             info = msgspec.structs.replace(info, model=self.options.model.model)  # "shapes", not where it lies here
         self._engine = info
         self.progress.engine_up(lambda: engine.wait_share)
-        output.describe({"batchvl": __version__, "engine": msgspec.json.encode(info).decode()})
+        id_column = self.options.manifest.id_column
+        try:
+            output.describe(
+                {"batchvl": __version__, "engine": msgspec.json.encode(info).decode(), "id_column": id_column}
+            )  # fmt: skip
+        except StoppedEarly as error:
+            if self._runner is not None:
+                self._runner.stop(error, self.options.output.grace)
+            return
         self.progress.say(f"{info}, lists of {info.batch_size} rows")
         for note in info.notes:
             self.progress.say(f"note: {note}")
+
+    async def _beat(self, output: Output) -> None:
+        """Signs of life, for who watches the output folder: a model can load, or think, for minutes."""
+        while True:
+            total = self._total if self._total is not None else self.manifest.estimate()
+            await asyncio.to_thread(output.beat, total)  # in a thread: a disk that hangs must not hold up all rows
+            await asyncio.sleep(BEAT_SECONDS)
 
     async def _rows(self, output: Output) -> AsyncIterator[Row]:
         """The shard's rows that are not done, read in a thread of their own, a chunk ahead."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "batchvl-manifest") as reading:
-            chunks = self.manifest.rows(self.shard, output.done, self.folder)
+            # A retry's rows may be of a manifest that had a --limit then, and other shards for it.
+            shard, stop = (self.shard, None) if output.redo is None else (Shard(), output.redo.stop)
+            chunks = self.manifest.rows(shard, output.done, self.folder)
             ahead = loop.run_in_executor(reading, next, chunks, None)
             while (chunk := await ahead) is not None:
                 ahead = loop.run_in_executor(reading, next, chunks, None)
                 for row in chunk:
+                    if stop is not None and row.number >= stop:
+                        return
                     yield row
         limit = self.options.manifest.limit
         self._total = limit if self.manifest.total is None and limit is not None else self.manifest.total
@@ -262,7 +291,9 @@ class Job:
         return [self.manifest.folder, *map(Path, self.options.fetch.image_root)]
 
     def _expected(self) -> int | None:
-        """The shard's rows, as well as that is known."""
+        """The shard's rows, as well as that is known; of a retry, those that were asked before."""
+        if self.redo is not None:
+            return self._before.rows + self._again
         total = self._total if self._total is not None else self.manifest.estimate()
         return None if total is None else len(self.shard.rows(total))
 
@@ -275,13 +306,18 @@ class Job:
         done = self._before.rows + self.progress.committed.rows
         of = len(self.shard.rows(self._total)) if self._total is not None else done
         if failed > share(bound, of) and (self._total is not None or "%" not in bound or done >= _RATE_ROWS):
-            causes = ", ".join(f"{count} {code}" for code, count in self.progress.leading_failures())
+            causes = self.progress.leading_failures()
             text = f"stopped: {failed} of {done} rows failed, more than --max-failures {bound} ({causes})"
             self._runner.stop(TooManyFailures(text), self.options.output.grace)
+
+    async def _ask_slurm(self) -> None:
+        self._kill_wait = await asyncio.to_thread(kill_wait)
 
     def _stop(self, name: str, grace: float | None = None) -> None:
         """Ends the run in order, whatever it is doing."""
         grace = self.options.output.grace if grace is None else grace
+        if name == "SIGTERM" and self._kill_wait is not None:
+            grace = min(grace, max(0.0, self._kill_wait - WRITING_SECONDS))
         first = self._stopped is None
         self._stopped = self._stopped or StoppedEarly(f"stopped by {name}: run the same command again to go on")
         if self._runner is not None:
@@ -304,9 +340,9 @@ class Job:
 
     async def _end(self, error: BatchvlError | None) -> Summary:
         """The summary: written, and with the results merged where this run is all there is."""
-        expected = len(self.shard.rows(self._total)) if self._total is not None else None
+        expected = self._expected() if self._total is not None or self.redo is not None else None
         summary = summarise(
-            self.progress, self._before, manifest=self.source, output=self.folder, expected=expected, exit_code=0
+            self.progress, self._before, manifest=self.source, output=self.out, expected=expected, exit_code=0
         )
         summary.engine = self._engine
         summary.engine_deaths, summary.engine_restarts = self._engine_deaths, self._engine_restarts
@@ -314,11 +350,18 @@ class Job:
         accepted = self.options.output.accept_failures
         if self.shard.count == 1 and error is None:
             try:
-                report = await asyncio.to_thread(merge, self.folder, None, self._total)
-                summary.results = str(report.file)
-                if report.missing:  # which must not be; should it, nobody is to think that all is well
+                total = self._total if self.redo is None else None  # a retry's manifest may have had a --limit
+                report = await asyncio.to_thread(merge, self.out, None, total, disk=self._disk)
+                if report.complete:
+                    summary.results = str(report.file)
+                elif self.redo is not None:
+                    rows = f"{report.missing:,} rows" if report.missing else "some rows"
+                    self.progress.say(f"{rows} were never asked: batchvl run goes on with them")
+                else:  # which must not be; should it, nobody is to think that all is well
                     some = "1 row has" if report.missing == 1 else f"{report.missing:,} rows have"
                     error = BatchvlError(f"{some} no result: run the same command again")
+            except UsageError as raised:  # nobody's mistake: until now the folder could be written
+                error = StoppedEarly(f"{raised}: run the same command again to go on")
             except BatchvlError as raised:
                 error = raised
         if error is not None:
@@ -333,11 +376,13 @@ class Job:
         if self.shard.count > 1:
             folder /= f"shard-{self.shard.index:05d}-of-{self.shard.count:05d}"
         file = folder / "summary.json"
-        if self.progress.committed.rows or not file.exists():  # else it tells of the run that did the work
+        if self.progress.committed.rows or not summary.is_told(file):  # else it tells of the run that did the work
             try:
                 summary.write(file)
+                if not isinstance(self.out, Path):
+                    await asyncio.to_thread(self.out.upload, file, str(file.relative_to(self.folder)))
             except OSError as failed:
-                self.progress.say(f"{file}: cannot be written: {failed.strerror}")
+                self.progress.say(f"{failed.filename or file}: cannot be written: {failed.strerror}")
         return summary
 
 
@@ -347,22 +392,3 @@ def _has_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _beside(source: str) -> str:
-    """The default output folder: beside the manifest, named after it.
-
-    >>> _beside("data/m.jsonl.gz"), _beside("pictures/"), _beside("data/*/day-*.parquet")
-    ('data/m-batchvl', 'pictures-batchvl', 'data/day-batchvl')
-    """
-    path = Path(source)
-    if glob.has_magic(source) and not path.exists():
-        literal = [glob.has_magic(part) for part in path.parts].index(True)
-        words = re.sub(r"[*?\[\]]+", "_", "_".join(path.parts[literal:]))
-        path = Path(*path.parts[:literal], words)
-    elif path.name in ("", ".."):
-        path = Path(os.path.abspath(path))
-    name = path.name
-    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".ndjson", ".csv"):
-        name = name.removesuffix(suffix)
-    return str(path.with_name(f"{name.strip('_-.') or 'manifest'}-batchvl"))

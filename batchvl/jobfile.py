@@ -9,9 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError
-from .options import NAMES, convert, variable
+from .options import NAMES, RunOptions, convert, variable
 
 JOB_FILE = "batchvl.toml"
+
+
+def told(
+    manifest: str | os.PathLike[str] | None, config: str | None, options: dict[str, Any]
+) -> tuple[str, RunOptions]:
+    """What a run was told, all places taken together: the manifest, and every option. Raises OptionError."""
+    job = read_job(config) if config else {}
+    named = job.pop("manifest", None)
+    if manifest is not None and not isinstance(manifest, str | os.PathLike):
+        raise OptionError(f"the manifest is a path or a glob; found {manifest!r:.80}")
+    source = os.fspath(manifest) if manifest is not None else named
+    if source is None:
+        raise OptionError("no manifest: name one, or write `manifest = ...` into the job file of --config")
+    beside = Path(source).parent / JOB_FILE
+    if not config and beside.is_file():
+        job = {name: value for name, value in read_job(beside).items() if name != "manifest"}
+    return source, RunOptions.of(**gather(options, os.environ, job))
 
 
 def gather(

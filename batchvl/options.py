@@ -195,12 +195,25 @@ class LmdeployOptions:
 class OutputOptions:
     """Where answers go, and when the run ends"""
 
-    output: str | None = option(None, "Folder of the output. [default: MANIFEST-batchvl beside it]", metavar="DIR")
+    output: str | None = option(
+        None, "Folder of the output, or s3://BUCKET/PREFIX. [default: MANIFEST-batchvl beside it]", metavar="DIR"
+    )
     commit_seconds: Duration = option(Duration(1), "Answers are on disk after at most so long.", metavar="TIME")
+    upload_seconds: Duration = option(
+        Duration(300), "Answers are on an object store, if -o is one, after at most about so long.", metavar="TIME"
+    )
+    work: str | None = option(
+        None, "Folder for what of an output on an object store has to lie on a disk. [default: ~/.local/state/batchvl]",
+        metavar="DIR",
+    )  # fmt: skip
     part_rows: Positive = option(10_000, "Rows of a part file.", metavar="N")
     accept_failures: str = option("0", "So many rows, or P%, may fail in a complete run.", metavar="N|P%")
     max_failures: str | None = option(None, "Stop once more than so many rows, or P%, have failed.", metavar="N|P%")
-    grace: Duration = option(Duration(20), "On a signal, for rows that are in the engine.", metavar="TIME")
+    stop_after: Timeout | None = option(
+        None, "Stop so long after the start, as on a signal: exit code 75, and the same command goes on.",
+        metavar="TIME",
+    )  # fmt: skip
+    grace: Duration = option(Duration(20), "For rows that are in the engine when the run is stopped.", metavar="TIME")
 
 
 GROUPS = (
@@ -252,8 +265,7 @@ class RunOptions:
     def meaning(self) -> dict[str, Any]:
         """The options that change what an answer means, by flat name, as JSON holds them: the resume guard's list."""
         values = self.flat()
-        names = (f.name for f in all_fields() if f.metadata["meaning"])
-        return {name: msgspec.to_builtins(values[name], enc_hook=plain) for name in names}
+        return {f.name: msgspec.to_builtins(values[f.name], enc_hook=plain) for f in all_fields() if f.name in MEANING}
 
 
 def all_fields() -> Iterator[Field[Any]]:
@@ -264,6 +276,9 @@ def all_fields() -> Iterator[Field[Any]]:
 
 OPTION_TYPES = {name: hint for group in GROUPS for name, hint in get_type_hints(group, include_extras=True).items()}
 NAMES = frozenset(OPTION_TYPES)
+MEANING = frozenset(field.name for field in all_fields() if field.metadata["meaning"])
+FOR_RETRY = NAMES - MEANING - {"output", "limit"}
+"""Options that a retry of failed rows takes: the meaning of answers stays, and so does the place."""
 
 
 def convert(name: str, value: Any, where: str | None = None) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from tqdm import tqdm
 
@@ -16,7 +16,18 @@ from .output.record import Counts, Record
 
 LOG_SECONDS = 30.0
 """How often a line is written where there is no terminal."""
+EXAMPLE_CHARACTERS = 200
 STAGES = ("fetch", "prepare", "engine", "waiting")
+
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """A bar of this process alone.
+
+    The lock that tqdm makes otherwise is a semaphore in /dev/shm for a moment, which kill -9 can leave there.
+    """
+
+
+Bar.set_lock(threading.RLock())
 
 
 class Progress:
@@ -33,11 +44,13 @@ class Progress:
         self.images = self.input_tokens = self.output_tokens = 0
         self._expected, self._before, self._quiet = expected, before, quiet
         self._spent: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        """The first failure of each code, with its row."""
         self._up_at: float | None = None
         self._gpu_wait: Callable[[], float] = lambda: 0.0
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         if not quiet and sys.stderr.isatty():
-            self._bar = tqdm(
+            self._bar = Bar(
                 total=expected(), initial=before.rows, unit=" rows", dynamic_ncols=True, smoothing=0.05,
                 desc="starting the engine",
             )  # fmt: skip
@@ -54,6 +67,9 @@ class Progress:
         """A row has come to its end, though it is not on disk yet."""
         if record.status == "ok":
             self.images += len(record.images)
+        elif record.error is not None and record.error.code not in self.examples:
+            said = " ".join(record.error.message.split())
+            self.examples[record.error.code] = f"row {record.row}: {said[:EXAMPLE_CHARACTERS]}"
         self.input_tokens += record.input_tokens or 0
         self.output_tokens += record.output_tokens or 0
         self._spent["row"] += record.seconds  # type: ignore[assignment]
@@ -79,7 +95,7 @@ class Progress:
         """A line for people, that does not break the bar."""
         with self._lenient():
             if not self._quiet:
-                tqdm.write(text, file=sys.stderr)
+                Bar.write(text, file=sys.stderr)
                 sys.stderr.flush()
 
     def close(self) -> None:
@@ -95,12 +111,14 @@ class Progress:
         except (OSError, ValueError):  # no such terminal any more; a closed file
             self._quiet, self._bar = True, None
 
-    def leading_failures(self, most: int = 3) -> list[tuple[str, int]]:
-        """The most frequent error codes, earlier runs included, with how many rows each."""
+    def leading_failures(self, most: int = 3) -> str:
+        """The most frequent error codes, earlier runs included, with how many rows each and an example, for people."""
         total = Counts()
         total.add(self._before)
         total.add(self.committed)
-        return Counter(total.failed).most_common(most)
+        causes = Counter(total.failed).most_common(most)
+        examples = {code: f", such as {example}" for code, example in self.examples.items()}
+        return "; ".join(f"{count:,} {code}{examples.get(code, '')}" for code, count in causes)
 
     @property
     def seconds(self) -> float:
@@ -127,10 +145,10 @@ class Progress:
 
     def _line(self) -> str:
         if self._up_at is None:
-            return f"the engine is starting, for {tqdm.format_interval(int(self.seconds))} so far"
+            return f"the engine is starting, for {Bar.format_interval(int(self.seconds))} so far"
         done, total = self._before.rows + self.committed.rows, self._expected()
         rate = self.committed.rows / self._up_seconds()
         of, left = f" of {total:,}" if total is not None else "", ""
         if total is not None and rate > 0:
-            left = f", {tqdm.format_interval(int((total - done) / rate))} left"
+            left = f", {Bar.format_interval(int((total - done) / rate))} left"
         return f"{done:,}{of} rows, {rate:,.1f} rows/s, {self._rates()}{left}"

@@ -11,6 +11,11 @@ from .output.record import Counts
 from .progress import Progress
 
 
+class _End(msgspec.Struct):
+    rows: int
+    exit_code: int
+
+
 class Summary(msgspec.Struct):
     """The end of a run; `batchvl.run` returns it. Seconds are of this run, counts are of the whole shard."""
 
@@ -25,6 +30,8 @@ class Summary(msgspec.Struct):
     failed: int
     failures: dict[str, int]
     """Failed rows by error code."""
+    examples: dict[str, str]
+    """The first failure of each code in this run, with its row."""
     resumed: int
     """Rows that were done before this run."""
     expected: int | None
@@ -54,11 +61,21 @@ class Summary(msgspec.Struct):
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
         temporary.replace(path)
 
+    def is_told(self, path: Path) -> bool:
+        """Whether a summary is there that tells of the same end: of a run killed before its own it would be another."""
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=_End)
+        except (OSError, msgspec.DecodeError):
+            return False
+        return (found.rows, found.exit_code) == (self.rows, self.exit_code)
+
     def __str__(self) -> str:
         of = f" of {self.expected:,}" if self.expected is not None and self.expected > self.rows else ""
         lines = [f"{self.rows:,}{of} rows done: {self.ok:,} ok, {self.failed:,} failed"]
-        lines += [f"  {count:>8,} {code}" for code, count in sorted(self.failures.items(), key=lambda item: -item[1])]
-        if self.resumed == self.rows and self.rows:
+        examples = {code: f", such as {example}" for code, example in self.examples.items()}
+        for code, count in sorted(self.failures.items(), key=lambda item: -item[1]):
+            lines.append(f"  {count:>8,} {code}{examples.get(code, '')}")
+        if self.resumed == self.rows == self.expected and self.rows:
             lines.append("all of them were done before: there was nothing left to do")
         elif self.resumed:
             lines.append(f"{self.resumed:,} of them were done before this run")
@@ -85,7 +102,7 @@ class Summary(msgspec.Struct):
 
 
 def summarise(
-    progress: Progress, before: Counts, *, manifest: str, output: Path, expected: int | None, exit_code: int
+    progress: Progress, before: Counts, *, manifest: str, output: object, expected: int | None, exit_code: int
 ) -> Summary:
     """The summary of a run that has counted itself in `progress`, on top of what was done `before`."""
     total = Counts()
@@ -101,6 +118,7 @@ def summarise(
         ok=total.ok,
         failed=total.failures,
         failures=total.failed,
+        examples=progress.examples,
         resumed=before.rows,
         expected=expected,
         seconds=round(seconds, 3),

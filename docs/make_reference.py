@@ -21,7 +21,8 @@ Each can be given as a flag (`--max-tiles 6`), as a variable of the environment 
 file (`max_tiles = 6`; `--config FILE`, else `batchvl.toml` beside the manifest), or to `batchvl.run(..., max_tiles=6)`.
 Flags win over variables, variables over the file. Sizes are bytes (`500000`, `32MB`, `4GiB`), times are seconds (`90`,
 `15m`, `2h`). Options marked ● change what an answer means: a run that goes on in an output folder must be given the
-same.
+same. `batchvl bench` and `batchvl validate` take the same options; `batchvl retry` those without the mark, but for
+`--output` and `--limit`.
 """
 
 

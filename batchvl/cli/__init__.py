@@ -6,9 +6,10 @@ import click
 
 from .. import __version__
 from .machine import demo, doctor
-from .output import merge
+from .manifest import validate
+from .output import merge, status
 from .refusal import EXIT_CODES
-from .run import bench, run
+from .run import bench, retry, run
 
 __all__ = ["EXIT_CODES", "main"]
 
@@ -23,5 +24,5 @@ def main() -> None:
     """
 
 
-for command in (run, bench, merge, demo, doctor):
+for command in (validate, run, retry, bench, status, merge, demo, doctor):
     main.add_command(command)

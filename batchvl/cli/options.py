@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import Field
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from ..options import GROUPS, OPTION_TYPES, all_fields, default, flag
+from ..options import GROUPS, NAMES, OPTION_TYPES, all_fields, default, flag
 from .refusal import EXIT_CODES
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A run's manifest, every option of it, made from the fields of options.py, and its job file."""
+    """A run's manifest, every option of it, and its job file."""
+    return click.argument("manifest", required=False)(options_of(NAMES)(command))
+
+
+def options_of(names: Container[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Some of a run's options, made from the fields of options.py, and the job file."""
+    return functools.partial(_options, [found for found in all_fields() if found.name in names])
+
+
+def _options(fields: Sequence[Field[Any]], command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--config", metavar="FILE", help="TOML job file. [default: batchvl.toml beside MANIFEST]")(
         command
     )
-    for found in reversed(list(all_fields())):
+    for found in reversed(fields):
         hint = OPTION_TYPES[found.name]
         settings: dict[str, Any] = {"help": _help(found), "default": None, "metavar": found.metadata["metavar"]}
         if hint is bool:
@@ -29,7 +40,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             settings |= {"type": click.Choice(get_args(hint)), "metavar": None}
         names = [flag(found.name), *(["-o"] if found.name == "output" else [])]
         command = click.option(*names, found.name, **settings)(command)
-    return click.argument("manifest", required=False)(command)
+    return command
 
 
 def _help(found: Any) -> str:
@@ -42,13 +53,18 @@ def _help(found: Any) -> str:
 class GroupedCommand(click.Command):
     """A command whose help shows its options by concern."""
 
+    groups: Sequence[type] = GROUPS
+    """The concerns that are shown."""
+    exit_codes: Mapping[int, str] = EXIT_CODES
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {str(p.name): r for p in self.get_params(ctx) if (r := p.get_help_record(ctx)) is not None}
         for group in GROUPS:
-            rows = [records.pop(name) for name in group.__dataclass_fields__]
-            with formatter.section(group.__doc__ or ""):
-                formatter.write_dl(rows)
+            rows = [records.pop(name) for name in group.__dataclass_fields__ if name in records]
+            if rows and group in self.groups:
+                with formatter.section(group.__doc__ or ""):
+                    formatter.write_dl(rows)
         with formatter.section("The command itself"):
             formatter.write_dl(list(records.values()))
         with formatter.section("Exit codes"):
-            formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
+            formatter.write_dl([(str(code), text) for code, text in self.exit_codes.items()])

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from .options import GroupedCommand, run_options
-from .refusal import refusing
+from ..options import FOR_RETRY
+from .options import GroupedCommand, options_of, run_options
+from .refusal import EXIT_CODES, refusing
 
 
 @click.command(cls=GroupedCommand, short_help="Answer the rows of a manifest.")
@@ -32,7 +33,41 @@ def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -
     sys.exit(summary.exit_code)
 
 
-@click.command(cls=GroupedCommand, short_help="How fast this machine answers, beside how fast its engine could.")
+@click.command(cls=GroupedCommand, short_help="Ask failed rows of an output folder again.")
+@click.argument("out", type=click.Path())
+@options_of(FOR_RETRY - {"shard"})
+@click.option("--shard", metavar="I/N", help="Only this one of the run's shards. [default: all]")
+@click.option("--codes", metavar="A,B", help="Rows that failed with one of these error codes.")
+@click.option("--all", "every", is_flag=True, help="All rows that failed.")
+@click.option("--manifest", metavar="MANIFEST", help="Where the manifest is now. [default: where it was]")
+@click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+@refusing
+def retry(
+    out: str, codes: str | None, every: bool, manifest: str | None, config: str | None, quiet: bool, **options: Any
+) -> None:
+    """Ask again the rows of the output folder OUT that failed for reasons that may pass (docs/reference.md has which),
+    or those of --codes, or --all.
+
+    The options are those of batchvl run that do not change what an answer means; these stay as the run had them. What
+    the rows came to before is kept in OUT; in the results an answer wins over a failure, and the later failure over the
+    earlier.
+    """
+    from ..rerun import retry as again
+
+    wanted = [code.strip() for code in (codes or "").split(",") if code.strip()]
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    summaries = again(out, codes=wanted, all=every, manifest=manifest, config=config, quiet=quiet, **given)
+    if not quiet:
+        with suppress(OSError):
+            click.echo("\n\n".join(map(str, summaries)) or f"{out}: no row has failed like that", err=True)
+    sys.exit(next((s.exit_code for s in reversed(summaries) if s.exit_code), 0))
+
+
+class _MeasuringCommand(GroupedCommand):
+    exit_codes = {0: "measured", 2: EXIT_CODES[2], 1: "nothing was measured, or anything else"}  # noqa: RUF012
+
+
+@click.command(cls=_MeasuringCommand, short_help="How fast this machine answers, beside how fast its engine could.")
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @refusing

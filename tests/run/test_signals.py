@@ -36,8 +36,8 @@ class Running:
 
     def __init__(self, arguments, **settings):
         self.process = subprocess.Popen(
-            arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, bufsize=1, env=environment(),
-            **settings,
+            arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, bufsize=1,
+            **{"env": environment(), **settings},
         )  # fmt: skip
         self.said = ""
 
@@ -226,3 +226,35 @@ def test_a_stop_while_rows_wait_for_room(tmp_path):
         silent.accept()[0].close()  # somebody fetches: the others wait, for the arena has room for two
         running.send(signal.SIGTERM)
         assert running.end() == 75
+
+
+def test_stopped_by_the_clock(tmp_path):
+    manifest = questions(tmp_path / "m.jsonl", 1000)
+    running = Running(command(manifest, "--stop-after", "4s", "--batch-size", "4", fake={"delay": 0.2, "rows": 8}))
+    assert running.end() == 75, running.said
+    assert "--stop-after 4s: no new rows" in running.said
+    assert "stopped by --stop-after 4s: run the same command again to go on" in running.said
+    rest = run(manifest, stop_after="1h")
+    assert (rest.rows, rest.exit_code) == (1000, 0)
+    assert 0 <= rest.resumed < 1000
+    assert responses(rest) == [f"q {n}" for n in range(1000)]
+
+
+@pytest.mark.parametrize(("kill_wait", "left"), [("12 sec", "7"), ("3 sec", "0"), ("90 sec", "20"), ("(null)", "20")])
+def test_slurm_kills_after_a_while_of_its_own(kill_wait, left, tmp_path):
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/sh\necho 'KillOnBadExit           = 0'\necho 'KillWait                = {kill_wait}'\n"
+    )
+    scontrol.chmod(0o755)
+    path = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
+    manifest = questions(tmp_path / "m.jsonl", 400)
+    running = Running(
+        command(manifest, "--batch-size", "4", fake={"delay": 0.6, "rows": 8}),
+        env=environment(PATH=path, SLURM_JOB_ID="7"),
+    )
+    wait_until(lambda: journalled(tmp_path / "m-batchvl"))
+    running.send(signal.SIGTERM)
+    assert running.end() == 75, running.said
+    assert f"rows in the engine have {left} s to finish" in running.said

@@ -1,0 +1,70 @@
+"""What a `retry` asks again: rows whose result is a failure that may pass, or of the codes that it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import OptionError, row_errors
+from .done import Bitmap, Tally
+from .shard import ShardFolder
+
+MAY_PASS = frozenset(error.code for error in row_errors() if error.retryable)
+
+
+@dataclass(frozen=True)
+class Redo:
+    """A retry of a shard's failed rows. What they came to before stays where it is; the later result wins."""
+
+    codes: frozenset[str] | None = MAY_PASS
+    """Of the failures; None is all of them."""
+
+    @classmethod
+    def of(cls, codes: Iterable[str] | None = None, *, all: bool = False) -> Redo:
+        """By codes (of the table in docs/reference.md), or all failures, or those that may pass.
+
+        Raises OptionError for an unknown code, and for codes beside `all`.
+
+        >>> Redo.of(["http_status"]).codes, Redo.of(all=True).codes
+        (frozenset({'http_status'}), None)
+        """
+        wanted = frozenset(codes or ())
+        if wanted and all:
+            raise OptionError("--codes and --all: give one of them")
+        known = {error.code for error in row_errors()}
+        if unknown := wanted - known:
+            raise OptionError(
+                f"--codes: no error has the code {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
+            )
+        return cls(None if all else wanted or MAY_PASS)
+
+    def number(self, shard: ShardFolder) -> int:
+        """The how-manieth retry of the shard this is, from 1. A stopped one goes on if its codes are the same."""
+        attempts = list(shard.attempts())
+        last = max((attempt.retry for attempt in attempts), default=0)
+        of_last = [attempt for attempt in attempts if attempt.retry == last]
+        stopped = last and all(attempt.codes == self.told and not attempt.ended for attempt in of_last)
+        # One that died once it had asked all its rows, but before it could say so, is over as well.
+        return last if stopped and any(map(len, self.left(shard, shard.recover(), last).values())) else last + 1
+
+    def failed(self, tally: Tally) -> dict[str, Bitmap]:
+        """The failed rows that it is about, by code."""
+        return {code: rows for code, rows in tally.failed.items() if self.codes is None or code in self.codes}
+
+    def left(self, shard: ShardFolder, tally: Tally, number: int) -> dict[str, Bitmap]:
+        """The same, less those that this retry, the `number`-th, has asked already."""
+        asked = Bitmap()
+        for source in shard.sources():
+            if source.retry == number:
+                asked |= source.tally().rows()
+        left = {}
+        for code, rows in self.failed(tally).items():
+            left[code] = Bitmap()
+            left[code] |= rows
+            left[code] -= asked
+        return left
+
+    @property
+    def told(self) -> list[str] | None:
+        """As an attempt's file has it."""
+        return None if self.codes is None else sorted(self.codes)
