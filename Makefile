@@ -3,7 +3,9 @@
 #   PYTHON=python3.12   the Python to build the environments with (3.11 to 3.13); the first one found otherwise
 #   TORCH_INDEX=URL     a package index that has CPU builds of torch. pip's own index gives Linux a build that carries
 #                       CUDA: it works without a GPU too, but takes 5 GB on disk instead of 1.3
+#   JOBS=1              how many of the quick tests run at once; the slow ones, which measure, run alone
 #   ARGS="-k resume"    handed to pytest
+#   RUNS=500 SEED=7     how often `make crash` kills a run, and which draw of moments it repeats
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,6 +16,10 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
+RUNS ?= 500
+SEED ?=
+# More than a small machine has CPUs: most tests wait for processes that they have started.
+JOBS ?= 3
 ARGS ?=
 
 export PIP_QUIET ?= 1
@@ -27,9 +33,10 @@ export OMP_NUM_THREADS ?= 1
 
 MAIN := .venv
 LMDEPLOY := .venv-lmdeploy
+at-once = -n $(JOBS) --dist worksteal
 PINS := requirements/base.txt requirements/dev.txt requirements/transformers.txt
 
-.PHONY: help demo test lint unit test-all test-slow test-lmdeploy clean
+.PHONY: help demo test lint unit test-all test-slow test-lmdeploy crash clean
 
 help:  ## this list
 	@echo 'make TARGET; the first use of a target builds its environment'
@@ -47,7 +54,7 @@ lint: $(MAIN)/.installed  ## ruff and mypy --strict
 	$(MAIN)/bin/mypy
 
 unit: $(MAIN)/.installed
-	$(MAIN)/bin/python -m pytest -m 'not slow and not crash and not lmdeploy and not gpu' $(ARGS)
+	$(MAIN)/bin/python -m pytest $(at-once) -m 'not slow and not crash and not lmdeploy and not gpu' $(ARGS)
 
 test-all: test test-slow test-lmdeploy  ## everything, in both environments
 	@cat $(MAIN)/not-run.* 2>/dev/null || echo 'test-all: every mark was run; a test that skipped is named above with its reason'
@@ -69,7 +76,11 @@ test-lmdeploy: $(MAIN)/.installed
 	@test "$$(uname -sm)" = 'Linux x86_64' || $(call not-run,lmdeploy: it has wheels for Linux on x86-64 only); \
 	$(MAKE) --no-print-directory $(LMDEPLOY)/.installed || { test -z "$${CI:-}" || exit 1; \
 		$(call not-run,lmdeploy: its environment could not be installed (see above)); }; \
-	$(LMDEPLOY)/bin/python -m pytest -m 'not slow and not crash' tests/engines tests/test_gpu_speed.py $(ARGS)
+	$(LMDEPLOY)/bin/python -m pytest $(at-once) -m 'not slow and not crash' tests/engines tests/test_gpu_speed.py $(ARGS)
+
+crash: $(MAIN)/.installed  ## kill -9 in RUNS runs and at every call to the disk; power failures, full disks
+	$(MAIN)/bin/python -m tests.crash --kills $(RUNS) $(if $(SEED),--seed $(SEED))
+	$(MAIN)/bin/python -m pytest -m crash tests/crash --ignore tests/crash/test_kills.py --ignore tests/crash/test_seam.py $(ARGS)
 
 clean:  ## remove the environments and everything built
 	rm -rf $(MAIN) $(LMDEPLOY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

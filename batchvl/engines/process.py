@@ -16,6 +16,7 @@ from .. import errors
 from ..images.arena import Arena
 from ..images.preparation import PreparationSpec
 from ..lifeline import Lifeline, spawn
+from ..output.disk import stopped
 from ..request import Request, Response
 from ..wire import Channel
 from .death import EngineDied, Unkillable, Witness
@@ -70,10 +71,14 @@ class EngineProcess:
         """Whether nothing can be told to it any more."""
 
     async def open(self, spec: EngineSpec, surroundings: Surroundings) -> None:
-        """Starts the process; its output is appended to the log."""
+        """Starts the process; its output is appended to the log. Raises StoppedEarly where there can be none."""
         arena, lifeline, environment, log = surroundings
+        try:
+            file = open(log, "ab")  # noqa: ASYNC230, SIM115 - once a process
+        except OSError as error:
+            raise stopped(log, error) from error
         ours, theirs = socket.socketpair()
-        with theirs, open(log, "ab") as file:  # noqa: ASYNC230 - once a process
+        with theirs, file:
             self._witness = Witness(spec.engine, log, file.tell())
             fds = [theirs.fileno(), lifeline.fd, arena.fd]
             arguments = [str(theirs.fileno()), str(lifeline.fd), str(os.getpid())]

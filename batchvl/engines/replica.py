@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..errors import BatchvlError, EngineLost, EngineUnavailable
+from ..errors import BatchvlError, EngineLost, EngineUnavailable, UsageError
 from ..images.preparation import PreparationSpec
 from ..options import EngineOptions
 from ..request import Response
@@ -74,16 +74,23 @@ class Replica:
         self._down_since: float | None = None
 
     async def resolve(self) -> PreparationSpec | None:
-        """Starts the first process; how its inputs are prepared. Raises a UsageError or EngineLost where it ends."""
-        process = await self._launch()
-        try:
-            return await process.resolved
-        except BaseException as error:
-            process.kill("it could not start")
-            await asyncio.shield(process.died)
-            if isinstance(error, EngineDied):
-                raise EngineLost(str(error)) from None
-            raise
+        """Starts the first process, and a second where that dies; how its inputs are prepared.
+
+        Raises a UsageError where it refuses, and EngineLost.
+        """
+        while True:
+            process = await self._launch()
+            try:
+                return await process.resolved
+            except EngineDied as died:
+                await asyncio.shield(process.died)
+                if self._killed.is_set():
+                    raise EngineLost(str(died)) from None
+                self.deaths.add(died, self._queue.answers, None)
+            except BaseException:
+                process.kill("it could not start")
+                await asyncio.shield(process.died)
+                raise
 
     def start(self) -> None:
         """Keeps it alive from now on, and starts the first process where `resolve` has not."""
@@ -137,7 +144,7 @@ class Replica:
             again = " again" if self._down_since is not None else ""
             if isinstance(error, OSError):
                 self.lost = EngineLost(f"no engine process can be started: {error}")
-            elif self._pin.info is not None and not isinstance(error, EngineLost):  # refused, but rows were answered
+            elif self._pin.info is not None and isinstance(error, UsageError):  # refused, but rows were answered
                 self.lost = EngineLost(f"the engine could not be started{again}: {error}")
             else:
                 self.lost = error

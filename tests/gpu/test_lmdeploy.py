@@ -238,6 +238,30 @@ def test_an_engine_that_stands_still_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
+def test_the_runner_is_killed_and_the_same_command_goes_on(tmp_path: Path, backend: str) -> None:
+    """kill -9 at three moments: while the model loads, and twice while rows are answered."""
+    manifest = questions(tmp_path / "m.jsonl", 3000)
+    arguments = ("--model", "shapes", "--backend", backend, *SMALL, "--part-rows", "300", "--commit-seconds", "0.05")
+    for moment in ("starting", "answering", "answering"):
+        run = Run(tmp_path / "out", *arguments, manifest=manifest)
+        if moment == "answering":
+            run.says("lists of")
+        engine = run.engine()
+        time.sleep(2)
+        family = psutil.Process(run.process.pid).children(recursive=True)
+        assert engine in family
+        run.process.kill()
+        assert run.process.wait() == -signal.SIGKILL, run.said
+        left = psutil.wait_procs(family, timeout=20)[1]
+        assert not left, "somebody outlived the runner"
+    run = Run(tmp_path / "out", *arguments, manifest=manifest).wait()
+    assert run.code == 0
+    assert 0 < run.summary["resumed"] < 3000
+    assert [row["row"] for row in run.rows()] == list(range(3000))
+    assert run.right() == 3000
+
+
+@pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
 def test_too_little_gpu_memory_at_the_start_is_told_with_numbers(tmp_path: Path, backend: str) -> None:
     with hog(0.7):
         run = Run(tmp_path / "out", "--model", "shapes", "--backend", backend, *SMALL).wait()

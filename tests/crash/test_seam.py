@@ -1,0 +1,36 @@
+"""Kills between any two calls of journal, part and rename, and in the middle of a write."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..run.running import environment
+
+
+def kill(scratch: Path, *arguments: str) -> dict[str, int]:
+    """The figures of `seam.py`, which looks at what each kill leaves."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.crash.seam", str(scratch), *arguments], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_some_calls(tmp_path: Path) -> None:
+    figures = kill(tmp_path, "30", "1")
+    assert sum(count for name, count in figures.items() if name.startswith("kills")) > 25
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(900)
+def test_all_calls(tmp_path: Path) -> None:
+    figures = kill(tmp_path)
+    calls = figures["calls"] + figures["calls without hard links"]
+    assert figures["calls"] > 80
+    assert figures["kills before a call"] + figures["kills after a call"] >= 2 * calls - 10
+    assert figures["kills in the middle of a write"] > 60
+    assert figures.get("missed", 0) < 10
