@@ -54,7 +54,16 @@ def test_what_is_not_run_says_why_and_names_what_is_there():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/design.md", "docs/lmdeploy.md", "jobs/README.md", "manifests/README.md"]
+    "page",
+    [
+        "README.md",
+        "docs/design.md",
+        "docs/guarantees.md",
+        "docs/lmdeploy.md",
+        "docs/object-stores.md",
+        "jobs/README.md",
+        "manifests/README.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
@@ -62,4 +71,4 @@ def test_links_lead_somewhere(page):
 
 
 def test_it_is_under_two_screens():
-    assert len(README.splitlines()) <= 125
+    assert len(README.splitlines()) <= 130
