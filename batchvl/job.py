@@ -15,6 +15,7 @@ import msgspec
 
 from . import __version__
 from .ahead import Ahead
+from .blocking import block_on
 from .engines.place import places
 from .engines.protocol import EngineInfo
 from .engines.registry import PRELOADS, choose
@@ -33,6 +34,7 @@ from .output import Counts, Guard, Output, Redo, merge
 from .output.disk import Disk, stopped
 from .output.location import beside, located
 from .output.lock import BEAT_SECONDS
+from .output.shard import ShardFolder
 from .progress import Progress
 from .prompt import Prompter
 from .request import Row
@@ -41,7 +43,7 @@ from .runner import Runner
 from .signals import heard
 from .slurm import kill_wait
 from .summary import Summary, summarise
-from .values import Shard, Size, share
+from .values import Shard, Size, counted, share
 
 WRITING_SECONDS = 5.0
 """Of what Slurm leaves before it kills, for writing what was answered."""
@@ -95,6 +97,7 @@ class Job:
         self._total: int | None = None
         self._again = 0  # rows that are asked again
         self._kill_wait: float | None = None
+        self._grace: float = options.output.grace  # on an interrupt
 
     def run(self) -> Summary:
         """Runs to the end or to the first reason to stop. Raises a BatchvlError where nothing could be run.
@@ -104,19 +107,7 @@ class Job:
         self.manifest = Manifest.open(self.source, self.options.manifest, self.options.prompt)
         self.manifest.check()
         self._total = self.manifest.total
-        if not _has_loop():
-            return asyncio.run(self._run())
-        with ThreadPoolExecutor(1, "batchvl") as thread:
-            running = thread.submit(lambda: asyncio.run(self._run()))  # made there: a run that never starts is no run
-            interrupts = 0
-            while True:
-                try:
-                    return running.result()
-                except KeyboardInterrupt:  # a notebook's way to stop a cell
-                    interrupts += 1
-                    if self._loop is not None and not running.done():
-                        grace = self.options.output.grace if interrupts == 1 else 0.0
-                        self._loop.call_soon_threadsafe(self._stop, "an interrupt", grace)
+        return block_on(self._run, self._interrupt)
 
     async def _run(self) -> Summary:
         self._loop = asyncio.get_running_loop()
@@ -333,6 +324,12 @@ class Job:
         if first:
             self.progress.say(f"{name}: {told}")
 
+    def _interrupt(self) -> None:
+        """Stops the run from another thread, the first time in order, then without grace."""
+        grace, self._grace = self._grace, 0.0
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop, "an interrupt", grace)
+
     def _leave(self, name: str) -> None:
         """Ends the process now. What was committed is safe, and the children go with it."""
         self.progress.say(f"{name} again: leaving at once; run the same command again to go on")
@@ -358,8 +355,8 @@ class Job:
                     rows = f"{report.missing:,} rows" if report.missing else "some rows"
                     self.progress.say(f"{rows} were never asked: batchvl run goes on with them")
                 else:  # which must not be; should it, nobody is to think that all is well
-                    some = "1 row has" if report.missing == 1 else f"{report.missing:,} rows have"
-                    error = BatchvlError(f"{some} no result: run the same command again")
+                    have = "has" if report.missing == 1 else "have"
+                    error = BatchvlError(f"{counted(report.missing)} {have} no result: run the same command again")
             except UsageError as raised:  # nobody's mistake: until now the folder could be written
                 error = StoppedEarly(f"{raised}: run the same command again to go on")
             except BatchvlError as raised:
@@ -372,9 +369,7 @@ class Job:
         elif summary.failed > share(accepted, summary.rows):
             summary.exit_code = 3
             summary.message = f"more rows failed than --accept-failures {accepted}"
-        folder = self.folder
-        if self.shard.count > 1:
-            folder /= f"shard-{self.shard.index:05d}-of-{self.shard.count:05d}"
+        folder = self.folder if self.shard.count == 1 else ShardFolder.of(self.out, self.shard).path
         file = folder / "summary.json"
         if self.progress.committed.rows or not summary.is_told(file):  # else it tells of the run that did the work
             try:
@@ -384,11 +379,3 @@ class Job:
             except OSError as failed:
                 self.progress.say(f"{failed.filename or file}: cannot be written: {failed.strerror}")
         return summary
-
-
-def _has_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

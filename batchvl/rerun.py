@@ -55,7 +55,7 @@ def retry(
     chosen = RunOptions.of(**free, **guard.options, output=os.fspath(out))
     summaries: list[Summary] = []
     for shard in _shards(folder, guard, found.manifest.shard):
-        if not any(map(len, redo.failed(ShardFolder.of(folder, shard).recover()).values())):
+        if not any(map(len, redo.failed(ShardFolder.of(folder, shard).recover().tally()).values())):
             continue
         job = Job(source, replace(chosen, manifest=replace(chosen.manifest, shard=shard)), quiet=quiet, redo=redo)
         summaries.append(job.run())
@@ -77,7 +77,7 @@ def _manifest(guard: Guard, out: Path | Remote, named: str | os.PathLike[str] | 
 
 def _shards(out: Path | Remote, guard: Guard, wanted: Shard) -> list[Shard]:
     """Those that have been begun, or the one that is wanted. Raises ResumeError where the run has no such shard."""
-    begun = [folder.shard for folder in ShardFolder.all(out) if folder.shard.count == guard.shards]
+    begun = [folder.shard for folder in ShardFolder.all(out, guard.shards)]
     if wanted == Shard():
         return begun
     if wanted.count != guard.shards:

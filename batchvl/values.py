@@ -17,6 +17,15 @@ _MOST_GPUS = 64
 _LONGEST = 366 * 86400.0
 
 
+def counted(number: int, what: str = "row") -> str:
+    """So many of them, for people.
+
+    >>> counted(1), counted(1200), counted(0, "picture")
+    ('1 row', '1,200 rows', '0 pictures')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 class Gpus(int):
     """A number of GPUs, written as such or as all; 0 is all."""
 

@@ -153,7 +153,7 @@ def rows_done(output: Path) -> int:
     """How many rows are on disk, while the run is at work."""
     if not output.is_dir():
         return 0
-    return sum(len(shard.recover().rows()) for shard in ShardFolder.all(output))
+    return sum(len(shard.recover().tally().rows()) for shard in ShardFolder.all(output))
 
 
 def engine_process(runner: int) -> int | None:

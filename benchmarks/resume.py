@@ -66,12 +66,12 @@ from batchvl.engines.feed import Feed
 from batchvl.engines.process import EngineProcess
 from batchvl.manifest import Manifest
 from batchvl.output.attempt import Attempt
-from batchvl.output.shard import ShardFolder
+from batchvl.output.shard import Recovered
 
 reached("imports")
 after(Manifest, "check", "manifest")
 after(Attempt, "__init__", "guard")
-after(ShardFolder, "recover", "recovered")
+after(Recovered, "tally", "recovered")
 after(Feed, "open", "engine")
 rows = Manifest.rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from itertools import pairwise
@@ -45,7 +44,7 @@ def merge(out: str, file: Path | None, partial: bool, with_manifest: str | None,
     from ..output import merge as merge_output
 
     report = merge_output(out, file, partial=partial, with_manifest=with_manifest)
-    click.echo(json.dumps(report.as_json(), indent=2) if as_json else str(report), err=not as_json)
+    click.echo(report.as_json() if as_json else str(report), err=not as_json)
     sys.exit(0 if report.complete else 3)
 
 

@@ -55,8 +55,7 @@ def retry(
     from ..rerun import retry as again
 
     wanted = [code.strip() for code in (codes or "").split(",") if code.strip()]
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    summaries = again(out, codes=wanted, all=every, manifest=manifest, config=config, quiet=quiet, **given)
+    summaries = again(out, codes=wanted, all=every, manifest=manifest, config=config, quiet=quiet, **options)
     if not quiet:
         with suppress(OSError):
             click.echo("\n\n".join(map(str, summaries)) or f"{out}: no row has failed like that", err=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import EngineLost, EngineUnavailable
 from ..resources import oom_kills
-from .rows import counted
+from ..values import counted
 
 DEATHS_BEFORE_FIRST_ANSWER = 2
 DEATHS_WITHOUT_PROGRESS = 5

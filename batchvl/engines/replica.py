@@ -18,13 +18,13 @@ from ..errors import BatchvlError, EngineLost, EngineUnavailable, UsageError
 from ..images.preparation import PreparationSpec
 from ..options import EngineOptions
 from ..request import Response
+from ..values import counted
 from .death import Deaths, EngineDied, Refused, Unkillable
 from .feed import Feed
 from .growth import MemoryLimit, amount
 from .pin import Pin
 from .process import EngineProcess, Surroundings
 from .queue import Queue
-from .rows import counted
 
 MEMORY_SECONDS = 3.0
 """How often the memory of the engine's processes is looked at."""

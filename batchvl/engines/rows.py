@@ -12,11 +12,6 @@ Waiting = tuple[Request, asyncio.Future[Response]]
 """A row on its way into an engine, and its answer."""
 
 
-def counted(rows: int) -> str:
-    """So many rows, for people."""
-    return "1 row" if rows == 1 else f"{rows} rows"
-
-
 class Held:
     """A row in the engine: who waits for it, since when it is there, and its deadline, on the monotonic clock."""
 

@@ -81,6 +81,12 @@ class Bitmap:
             self._bits[mine] = _without(self._bits[mine], other._bits[start - other._first : stop - other._first])
         return self
 
+    def __sub__(self, other: Bitmap) -> Bitmap:
+        found = Bitmap()
+        found |= self
+        found -= other
+        return found
+
     def missing(self, rows: range) -> Iterator[int]:
         """The rows of `rows` (step 1) that are not in the set, in order; runs of rows that are cost next to nothing."""
         row, end = rows.start, min(len(self._bits), (rows.stop + 7 >> 3) - self._first)
@@ -201,9 +207,7 @@ class Tally:
         for tally in tallies:
             found.ok |= tally.ok
             for code, rows in tally.failed.items():
-                new = Bitmap()
-                new |= rows
-                new -= failed
+                new = rows - failed
                 failed |= rows
                 known = found.failed.setdefault(code, Bitmap())
                 known |= new

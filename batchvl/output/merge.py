@@ -29,7 +29,7 @@ from .record import Counts
 from .remote import Remote, answering
 from .report import Gap, MergeReport
 from .scratch import scratch
-from .shard import ShardFolder
+from .shard import ShardFolder, total_of
 
 RESULTS = "results.parquet"
 _FIRST_MISSING = 10
@@ -61,7 +61,7 @@ def merge(
     here = out if isinstance(out, Path) else out.here()
     target = Path(file) if file is not None else here / RESULTS
     guard = Guard.read(out)
-    folders = [folder for folder in ShardFolder.all(out) if folder.shard.count == guard.shards]
+    folders = ShardFolder.all(out, guard.shards)
     open_file = writer_for(target)
     join = Join(os.fspath(with_manifest), guard, out, _id_columns(folders)) if with_manifest is not None else None
     schema = join.schema if join else guard.schema
@@ -76,9 +76,8 @@ def merge(
             with open_file(target, temporary / "results", schema, _metadata(sources), disk) as written:
                 tables = _counted(ordered(sources, guard.schema, temporary), counts)
                 if join:
-                    skip = Bitmap.below(done.stop)
-                    skip -= done
-                    tables = join.tables(tables, range(next(iter(done), 0), done.stop), skip)
+                    rows = range(next(iter(done), 0), done.stop)
+                    tables = join.tables(tables, rows, Bitmap.below(done.stop) - done)
                 for table in tables:
                     written.write(table)
             if file is None and not isinstance(out, Path):
@@ -124,12 +123,9 @@ def _total(out: Path, guard: Guard, folders: list[ShardFolder], join: Join | Non
     """The manifest's rows, as the attempts knew them, or as somebody has counted them."""
     known, unknown = [guard.total], guard.total is None and not folders
     for folder in folders:
-        attempts = [attempt for attempt in folder.attempts() if not attempt.retry]
-        known += [attempt.total for attempt in attempts]
-        if complete := folder.complete():
-            known.append(complete.total)
-        elif attempts and attempts[-1].total is None:
-            unknown = True  # it began on a text whose end it has not seen; an earlier one may have had a --limit
+        total, uncounted = total_of(folder.attempts(), folder.complete())
+        known.append(total)
+        unknown |= uncounted
     if unknown or all(rows is None for rows in known):
         counted = index.read(out, guard.fingerprint)
         counts = (counted.rows if counted else None, join.total if join else None)

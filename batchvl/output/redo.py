@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import OptionError, row_errors
 from .done import Bitmap, Tally
-from .shard import ShardFolder
+from .shard import Recovered, ShardFolder
 
 MAY_PASS = frozenset(error.code for error in row_errors() if error.retryable)
 
@@ -40,29 +40,23 @@ class Redo:
 
     def number(self, shard: ShardFolder) -> int:
         """The how-manieth retry of the shard this is, from 1. A stopped one goes on if its codes are the same."""
-        attempts = list(shard.attempts())
+        attempts = shard.attempts()
         last = max((attempt.retry for attempt in attempts), default=0)
         of_last = [attempt for attempt in attempts if attempt.retry == last]
         stopped = last and all(attempt.codes == self.told and not attempt.ended for attempt in of_last)
         # One that died once it had asked all its rows, but before it could say so, is over as well.
-        return last if stopped and any(map(len, self.left(shard, shard.recover(), last).values())) else last + 1
+        return last if stopped and self._leaves_some(shard.recover(), last) else last + 1
 
     def failed(self, tally: Tally) -> dict[str, Bitmap]:
         """The failed rows that it is about, by code."""
         return {code: rows for code, rows in tally.failed.items() if self.codes is None or code in self.codes}
 
-    def left(self, shard: ShardFolder, tally: Tally, number: int) -> dict[str, Bitmap]:
-        """The same, less those that this retry, the `number`-th, has asked already."""
-        asked = Bitmap()
-        for source in shard.sources():
-            if source.retry == number:
-                asked |= source.tally().rows()
-        left = {}
-        for code, rows in self.failed(tally).items():
-            left[code] = Bitmap()
-            left[code] |= rows
-            left[code] -= asked
-        return left
+    def left(self, tally: Tally, asked: Bitmap) -> dict[str, Bitmap]:
+        """The same, less those that this retry has asked already."""
+        return {code: rows - asked for code, rows in self.failed(tally).items()}
+
+    def _leaves_some(self, recovered: Recovered, number: int) -> bool:
+        return any(map(len, self.left(recovered.tally(), recovered.of_retry(number)).values()))
 
     @property
     def told(self) -> list[str] | None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
+from ..values import counted
 from .record import Counts
 from .status import ranges
 
@@ -63,15 +66,16 @@ class MergeReport:
         """Whether all of the manifest's rows are there, so far as these are known."""
         return self.total is not None and not self.missing
 
-    def as_json(self) -> dict[str, Any]:
-        """The same as what JSON can hold."""
-        return {
+    def as_json(self) -> str:
+        """The same as a JSON object."""
+        whole: dict[str, Any] = {
             "output": self.out, "file": str(self.target) if self.written else None, "complete": self.complete,
             "rows": self.rows, "ok": self.counts.ok, "failed": self.counts.failures, "failures": self.counts.failed,
             "total": self.total, "missing": self.missing, "first_missing": list(self.first_missing),
             "shards": self.shards, "gaps": [gap._asdict() for gap in self.gaps],
             "json_columns": list(self.json_columns), "unreadable": self.unreadable,
         }  # fmt: skip
+        return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode()
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -82,7 +86,7 @@ class MergeReport:
         if self.json_columns:
             yield f"objects and values of several types in the manifest, here JSON: {', '.join(self.json_columns)}"
         if self.unreadable:
-            yield f"{_rows(self.unreadable)} of the manifest cannot be read: its columns are null there"
+            yield f"{counted(self.unreadable)} of the manifest cannot be read: its columns are null there"
         if self.complete:
             return
         if self.total is None:
@@ -91,18 +95,14 @@ class MergeReport:
             more = ", …" if self.missing > len(self.first_missing) else ""
             first = ", ".join(map(str, self.first_missing)) + more
             are = "is" if self.missing == 1 else "are"
-            yield f"{self.out}: {self.missing:,} of {_rows(self.total)} {are} missing: {first}"
+            yield f"{self.out}: {self.missing:,} of {counted(self.total)} {are} missing: {first}"
         if self.shards > 1:
             for what, begun in (("not begun", False), ("begun and not finished", True)):
                 if found := [gap for gap in self.gaps if gap.begun is begun]:
-                    missing = _rows(sum(gap.missing for gap in found))
+                    missing = counted(sum(gap.missing for gap in found))
                     some = f"shards {ranges(gap.shard for gap in found)} of {self.shards}"
                     one = f"shard {found[0].shard}/{self.shards}"
                     yield f"  {one if len(found) == 1 else some} {what}: {missing}"
         if not self.written:
             again = "run the same command again" if self.shards == 1 else "run these shards to their end"
             yield f"{self.target} was not written: {again}, or write what there is by --partial"
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"

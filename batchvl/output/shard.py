@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ import pyarrow as pa
 
 from ..values import Shard
 from .disk import Disk
-from .done import Tally
+from .done import Bitmap, Tally
 from .journal import Journal
 from .lock import Holder, holder
 from .parts import Part
@@ -112,11 +113,12 @@ class ShardFolder:
         return cls(out / name, shard) if isinstance(out, Path) else out.shard(out.path / name, shard)
 
     @classmethod
-    def all(cls, out: Path | Elsewhere) -> list[ShardFolder]:
-        """The shards' folders that are there, in order."""
+    def all(cls, out: Path | Elsewhere, count: int | None = None) -> list[ShardFolder]:
+        """The shards' folders that are there, in order; of a run in `count` shards only its own."""
         names = [path.name for path in out.iterdir()] if isinstance(out, Path) else out.folders()
         shards = [Shard(int(match[1]), int(match[2])) for match in map(_SHARD.fullmatch, names) if match]
-        return [cls.of(out, shard) for shard in sorted(shards, key=lambda shard: shard.index)]
+        own = (shard for shard in shards if count is None or shard.count == count)
+        return [cls.of(out, shard) for shard in sorted(own, key=lambda shard: shard.index)]
 
     def journal(self, key: Key) -> Path:
         """Where a segment lies."""
@@ -154,22 +156,23 @@ class ShardFolder:
         for key in keys:
             yield key, partial(Part.read, self.part(key))
 
-    def recover(self) -> Tally:
-        """Which rows are done, and how, by all attempts so far."""
-        found: list[tuple[int, int, Part | Tally]] = []
+    def recover(self) -> Recovered:
+        """Which rows are done, and how, by all attempts so far. Raises what `sources` raises."""
+        found = Recovered()
         for source in self.sources():
             rows = source if isinstance(source, Part) else source.tally()  # a journal is large, a tally small
-            found.append((-source.retry, source.attempt, rows))
-        found.sort(key=lambda one: one[:2])
-        return Tally.joined(rows.tally() if isinstance(rows, Part) else rows for _, _, rows in found)
+            found.sources.append((-source.retry, source.attempt, rows))
+        found.sources.sort(key=lambda one: one[:2])
+        return found
 
-    def attempts(self) -> Iterator[AttemptFile]:
-        """What the attempts said about themselves; one that died over saying it is left out."""
-        for name in sorted(name for name in self.names() if name.startswith("attempt-")):
-            try:
-                yield msgspec.json.decode(self.read(name), type=AttemptFile)
-            except msgspec.DecodeError:
-                continue
+    def attempts(self) -> list[AttemptFile]:
+        """What the attempts said about themselves, by number; one that died over saying it is left out."""
+        found = []
+        for name in self.names():
+            if name.startswith("attempt-"):
+                with suppress(msgspec.DecodeError):
+                    found.append(msgspec.json.decode(self.read(name), type=AttemptFile))
+        return sorted(found, key=lambda attempt: attempt.attempt)
 
     def complete(self) -> CompleteFile | None:
         """Whether an attempt reached the shard's end."""
@@ -242,6 +245,41 @@ class ShardFolder:
 
     def forget(self, attempt: int) -> None:
         """Takes back an attempt that has recorded nothing, also from where the disk's files are not."""
+
+
+class Recovered:
+    """What all attempts at a shard recorded, read once."""
+
+    def __init__(self) -> None:
+        self.sources: list[tuple[int, int, Part | Tally]] = []
+        """Less the retry, the attempt, and the rows, in the order in which they win."""
+
+    def tally(self) -> Tally:
+        """Which rows are done, and how."""
+        return Tally.joined(map(_tally, (rows for _, _, rows in self.sources)))
+
+    def of_retry(self, number: int) -> Bitmap:
+        """The rows that the so-many-th retry has asked, and got a result of."""
+        found = Bitmap()
+        for retry, _, rows in self.sources:
+            if -retry == number:
+                found |= _tally(rows).rows()
+        return found
+
+
+def _tally(rows: Part | Tally) -> Tally:
+    return rows.tally() if isinstance(rows, Part) else rows
+
+
+def total_of(attempts: Iterable[AttemptFile], complete: CompleteFile | None) -> tuple[int | None, bool]:
+    """The manifest's rows, if an attempt at a shard knew them; and whether that is in doubt.
+
+    It is where the last attempt is at a text whose end it has not seen: an earlier one may have had a --limit.
+    """
+    totals = [attempt.total for attempt in attempts if not attempt.retry]
+    uncounted = complete is None and bool(totals) and totals[-1] is None
+    known = [*totals, complete.total if complete else None]
+    return max((total for total in known if total is not None), default=None), uncounted
 
 
 def keys(pattern: re.Pattern[str], names: Iterable[str]) -> set[Key]:

@@ -84,8 +84,8 @@ class Output:
             raise OptionError(f"-o {folder}: cannot be written: {error.strerror}") from error
         try:
             attempt.folder.rescue(schema, _about(guard), disk)
-            tally = attempt.folder.recover()
-            left = None if redo is None else redo.left(attempt.folder, tally, attempt.retry)
+            recovered = attempt.folder.recover()
+            tally = recovered.tally()
         except OSError as error:
             attempt.release()
             raise stopped(attempt.folder.path, error) from error
@@ -97,12 +97,12 @@ class Output:
             part_seconds=options.upload_seconds if isinstance(folder, Remote) else None, on_commit=on_commit,
         )  # fmt: skip
         done, counts, again = tally.rows(), tally.counts(), None
-        if left is not None:
+        if redo is not None:
+            left = redo.left(tally, recovered.of_retry(attempt.retry))
             again = Tally(failed=left).rows()
             kept = {code: rows - len(left.get(code, ())) for code, rows in counts.failed.items()}
             counts.failed = {code: rows for code, rows in kept.items() if rows}
-            done = Bitmap.below(again.stop)
-            done -= again
+            done = Bitmap.below(again.stop) - again
         return cls(guard, attempt, writer, done, counts, again)
 
     @property

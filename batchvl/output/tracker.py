@@ -12,7 +12,7 @@ from .journal import Tail
 from .lock import Holder
 from .parts import Part
 from .record import Counts
-from .shard import AttemptFile, Key, ShardFolder, Stamp
+from .shard import AttemptFile, Key, ShardFolder, Stamp, total_of
 
 _OF_ATTEMPT = re.compile(r"[a-z]+-(\d+)[.-].*")
 _ROWS = ("journal-", "part-")
@@ -42,7 +42,7 @@ class Tracker:
         self.total: int | None = None
         """The manifest's rows, if an attempt knew them."""
         self.uncounted = False
-        """Whether the last attempt is at a text whose end it has not seen: an earlier one may have had a --limit."""
+        """Whether that is in doubt: see `total_of`."""
         self.holder: Holder | None = None
         """The last attempt's runner; None once that has ended in order."""
         self.alive: bool | None = None
@@ -92,11 +92,8 @@ class Tracker:
             return ""
 
     def _look_at_attempts(self) -> None:
-        attempts, complete = sorted(self.folder.attempts(), key=lambda one: one.attempt), self.folder.complete()
-        counting = [attempt for attempt in attempts if not attempt.retry]
-        totals = [attempt.total for attempt in counting] + [complete.total if complete else None]
-        self.total = max((total for total in totals if total is not None), default=None)
-        self.uncounted = complete is None and bool(counting) and counting[-1].total is None
+        attempts = self.folder.attempts()
+        self.total, self.uncounted = total_of(attempts, self.folder.complete())
         self.attempt = attempts[-1] if attempts else None
         number = self.attempt.attempt if self.attempt else None
         times = {name: file.time for name, file in self._files.items() if _attempt(name) in (number, "lock")}

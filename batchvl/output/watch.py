@@ -70,7 +70,7 @@ class _Run:
     def look(self) -> Status:
         """What there is now. Raises ResumeError where the folder cannot be read any more."""
         try:
-            folders = [folder for folder in ShardFolder.all(self._out) if folder.shard.count == self._guard.shards]
+            folders = ShardFolder.all(self._out, self._guard.shards)
         except OSError as error:
             raise ResumeError(f"{self._out}: cannot be read: {error.strerror}") from error
         known = self._trackers

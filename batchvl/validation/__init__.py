@@ -7,13 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Container, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..blocking import block_on
 from ..errors import ManifestError, OptionError
 from ..images.files import check_roots
 from ..images.guard import NetworkGuard
@@ -58,17 +59,7 @@ def validate(
     if probe < 0:
         raise OptionError(f"--probe: found {probe}, want a number of rows, or 0 to fetch nothing")
     validation = Validation(*told(manifest, config, options), probe, quiet=quiet)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(validation.run())
-    with ThreadPoolExecutor(1, "batchvl-validation") as thread:  # as in a notebook
-        running = thread.submit(lambda: asyncio.run(validation.run()))
-        try:
-            return running.result()
-        except KeyboardInterrupt:
-            validation.stop()
-            raise
+    return block_on(validation.run, validation.interrupt)
 
 
 class Validation:
@@ -127,10 +118,12 @@ class Validation:
                         seconds=round(time.monotonic() - started, 3),
                     )
 
-    def stop(self) -> None:
-        """Ends `run` early, from another thread."""
+    def interrupt(self) -> None:
+        """Ends `run` early, from another thread. Raises KeyboardInterrupt."""
         if self._task is not None:
-            self._loop.call_soon_threadsafe(self._task.cancel)
+            with suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._task.cancel)
+        raise KeyboardInterrupt
 
     async def _probe(self, numbers: frozenset[int], checks: Checks) -> Probe:
         async with Prober(self._options, self._roots, checks) as prober:

@@ -23,7 +23,7 @@ from ..runner import INLINE_BYTES
 from .checks import Checks
 from .problems import Problems
 from .report import Probe
-from .spread import Tally
+from .spread import Histogram
 
 
 class Prober:
@@ -35,7 +35,7 @@ class Prober:
         self._inline = Budget(INLINE_BYTES)
         self._reading = asyncio.Lock()
         self._problems = Problems()
-        self._bytes, self._pixels = Tally(), Tally()
+        self._bytes, self._pixels = Histogram(), Histogram()
         self._largest: tuple[int, int] | None = None
         self._rows = self._failed = self._pictures = 0
         self._fetch_seconds = self._decode_seconds = 0.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from ..values import counted
 from .problems import Problem
 from .spread import Spread
 
@@ -42,7 +43,7 @@ class Prompts(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         if self.characters is None:
             return "none"
-        turns = f"; {_count(self.conversations, 'conversation')} of several turns" if self.conversations else ""
+        turns = f"; {counted(self.conversations, 'conversation')} of several turns" if self.conversations else ""
         return f"{_spread(self.characters)} characters{turns}"
 
 
@@ -64,7 +65,7 @@ class Pictures(msgspec.Struct, frozen=True):
         most = f", up to {self.most:,} in one" if self.most > 1 else ""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.kinds.items(), key=lambda kind: -kind[1]))
         different = _different(self.references, self.distinct)
-        return f"{self.references:,} in {_count(self.rows, 'row')}{most}, {different}: {kinds}"
+        return f"{self.references:,} in {counted(self.rows)}{most}, {different}: {kinds}"
 
 
 class Sharing(msgspec.Struct, frozen=True):
@@ -93,7 +94,7 @@ class Sharing(msgspec.Struct, frozen=True):
         if not repeats:
             return "no row has the same pictures as another"
         text = (
-            f"{_count(repeats, 'row')} of {self.rows:,} with the pictures of an earlier one: "
+            f"{counted(repeats)} of {self.rows:,} with the pictures of an earlier one: "
             f"{self.shared / repeats:.0%} within --look-ahead {self.look_ahead} share its reading, "
             f"{self.apart / repeats:.0%} are read again"
         )
@@ -126,8 +127,8 @@ class Probe(msgspec.Struct, frozen=True):
     problems: tuple[Problem, ...]
 
     def __str__(self) -> str:
-        failed = f"{_count(self.failed, 'row')} failed"
-        text = f"{_count(self.rows, 'row')}, {failed}; {_count(self.pictures, 'good picture')}"
+        failed = f"{counted(self.failed)} failed"
+        text = f"{counted(self.rows)}, {failed}; {counted(self.pictures, 'good picture')}"
         if self.bytes is None or self.pixels is None or self.largest is None:
             return text
         width, height = self.largest
@@ -174,8 +175,8 @@ class Report(msgspec.Struct, frozen=True):
         return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode()
 
     def __str__(self) -> str:
-        where = _count(self.files, _FILES[self.format])
-        lines = [f"{self.manifest}: {_count(self.rows, 'row')} in {where}, looked at in {self.seconds:,.1f} s"]
+        where = counted(self.files, _FILES[self.format])
+        lines = [f"{self.manifest}: {counted(self.rows)} in {where}, looked at in {self.seconds:,.1f} s"]
         for name, text in (
             ("columns", self._columns()), ("ids", str(self.ids or "none")), ("prompts", str(self.prompts)),
             ("pictures", str(self.pictures)), ("repeats", str(self.sharing) if self.pictures.references else ""),
@@ -199,7 +200,7 @@ class Report(msgspec.Struct, frozen=True):
         if self.unreadable:
             return f"The manifest cannot be read to its end: {self.unreadable}"
         if self.failing:
-            return f"{_count(self.failing, 'row')} of {self.rows:,} would fail in a run."
+            return f"{counted(self.failing)} of {self.rows:,} would fail in a run."
         if self.exit_code:
             return "Every row can be asked, but for the errors above."
         fetched = "" if self.probe is not None or not self.pictures.references else "; --probe N fetches some pictures"
@@ -222,10 +223,6 @@ def _wrapped(line: str, more: int = 0) -> list[str]:
     return textwrap.wrap(
         line, _WIDTH, subsequent_indent=" " * (_INDENT + more), break_long_words=False, break_on_hyphens=False
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def _different(number: int, distinct: int) -> str:

@@ -1,4 +1,4 @@
-"""How a number varies over many rows: `Spread`, counted by `Tally`."""
+"""How a number varies over many rows: `Spread`, counted by `Histogram`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Spread(msgspec.Struct, frozen=True):
     greatest: int
 
 
-class Tally:
+class Histogram:
     """Counts numbers by their leading bits, so that memory does not grow: 55,000 counters at most.
 
-    >>> tally = Tally()
+    >>> histogram = Histogram()
     >>> for number in (5, 1, 3, 1000000):
-    ...     tally.add(number)
-    >>> tally.spread()
+    ...     histogram.add(number)
+    >>> histogram.spread()
     Spread(least=1, median=3, greatest=1000000)
     """
 

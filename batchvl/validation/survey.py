@@ -18,7 +18,7 @@ from .digests import Counted, Digests, mixed
 from .problems import DUPLICATE_ID, MISSING_ID, NO_PICTURE, REPEATED_QUESTION, Problems
 from .report import Ids, Pictures, Prompts, Sharing
 from .sample import Only, Sample
-from .spread import Tally
+from .spread import Histogram
 
 Chunks = Iterator[list[Row]]
 Labels = Mapping[int, int | str | None]
@@ -36,7 +36,7 @@ class Survey:
         self.rows = self.failing = 0
         self.problems = Problems()
         self._labelled = self._asked = self._conversations = 0
-        self._characters = Tally()
+        self._characters = Histogram()
         self._illustrated = self._references = self._most = self._reads = 0
         self._kinds: Counter[str] = Counter()
 

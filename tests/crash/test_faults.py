@@ -33,6 +33,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return Work(tmp_path_factory.mktemp("work"), 120)
 
 
+def ended(life: Life) -> int:
+    try:
+        code = life.wait()
+        life.wait_for_the_last()
+    finally:
+        life.put_an_end()
+    assert "Traceback" not in life.said, life.said
+    return code
+
+
 class Trial:
     """Runs one after the other in an output folder, each on a disk as told."""
 
@@ -56,12 +66,7 @@ class Trial:
         options = json.dumps(self.work.options(self.out))
         line = [sys.executable, "-m", "tests.crash.victim", json.dumps(disk or {}), str(self.work.manifest), options]
         life = Life(line, self.scratch / "log")
-        try:
-            code = life.wait()
-            life.wait_for_the_last()
-        finally:
-            life.put_an_end()
-        assert "Traceback" not in life.said, life.said
+        code = ended(life)
         assert "never retrieved" not in life.said, life.said
         told = max((int(line) for line in life.said.splitlines() if line.isdigit()), default=0)
         return code, life.said, told
@@ -185,16 +190,6 @@ def small(tmp_path: Path) -> Iterator[tuple[Path, Mounts]]:
 def started(work: Work, small: tuple[Path, Mounts], log: Path, out: str = "out") -> Life:
     at, found = small
     return Life([*found.enter, *work.command(at / out)], log)
-
-
-def ended(life: Life) -> int:
-    try:
-        code = life.wait()
-        life.wait_for_the_last()
-    finally:
-        life.put_an_end()
-    assert "Traceback" not in life.said, life.said
-    return code
 
 
 def journalled(out: Path) -> bool:

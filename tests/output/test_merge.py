@@ -105,7 +105,7 @@ async def test_where_rows_are_missing_nothing_is_written_unless_it_may_be_partia
     ]  # fmt: skip
     assert answers(tmp_path / "results.parquet") == [(row, sample(row).response) for row in range(17)]
     assert (partial.complete, partial.gaps) == (False, report.gaps)
-    assert json.loads(json.dumps(partial.as_json()))["gaps"][0] == {"shard": 1, "begun": True, "missing": 3}
+    assert json.loads(partial.as_json())["gaps"][0] == {"shard": 1, "begun": True, "missing": 3}
 
 
 async def test_a_text_manifests_total_is_known_once_it_was_read_to_its_end(tmp_path: Path) -> None:

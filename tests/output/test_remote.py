@@ -104,14 +104,14 @@ async def test_another_machine_goes_on_from_the_parts_alone(store: ObjectStore, 
 async def test_footers_are_read_at_once(store: ObjectStore, tmp_path: Path) -> None:
     await fill(machine(tmp_path), [sample(row) for row in range(24)], part_rows=1)
     store.delay, store.most_open = 0.05, 0
-    assert len(ShardFolder.of(machine(tmp_path), Shard()).recover().rows()) == 24
+    assert len(ShardFolder.of(machine(tmp_path), Shard()).recover().tally().rows()) == 24
     assert store.most_open >= 8
 
 
 async def test_a_footer_of_any_size(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await fill(machine(tmp_path), [sample(row) for row in range(50)])
     monkeypatch.setattr(bucket, "_TAIL", 100)
-    assert len(ShardFolder.of(machine(tmp_path), Shard()).recover().rows()) == 50
+    assert len(ShardFolder.of(machine(tmp_path), Shard()).recover().tally().rows()) == 50
 
 
 async def test_what_an_attempt_left_on_this_machine_is_brought_in(store: ObjectStore, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +59,32 @@ def shell(arguments: Sequence[str], **settings: Any) -> subprocess.CompletedProc
     """Runs a command to its end, which comes before the test's."""
     given = {"env": environment(), **settings}
     return subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, **given)
+
+
+def on_a_terminal(
+    arguments: Sequence[str], lines: int = 30, columns: int = 110, wanted: bytes = b"",
+    then: Callable[[subprocess.Popen[bytes]], object] | None = None,
+) -> tuple[int, str]:  # fmt: skip
+    """A command's exit code and all that appeared on a terminal of that size. `then` is called once with the process,
+    when `wanted` has appeared."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (lines, columns))
+    plain = {name: text for name, text in environment().items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(
+        arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=plain
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(ours, 65536)
+            except OSError:  # the last one who had the terminal open is gone
+                break
+            if then and wanted in shown:
+                then(process)
+                then = None
+        os.close(ours)
+        return process.wait(PATIENCE), shown.decode()
 
 
 def answers(summary: Summary) -> list[dict[str, Any]]:

@@ -1,36 +1,14 @@
 """What a run tells while it goes on and at its end, on a terminal and in a log."""
 
 import json
-import os
-import pty
 import re
-import subprocess
-import termios
 from pathlib import Path
 
 import pytest
 
 from batchvl.output import Output
 
-from .running import PATIENCE, command, environment, questions, responses, run, shell
-
-
-def on_a_terminal(arguments) -> tuple[int, str]:
-    """The exit code and all that appeared."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (30, 110))
-    with subprocess.Popen(
-        arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment()
-    ) as process:  # fmt: skip
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(ours, 65536)
-            except OSError:  # the last one who had the terminal open is gone
-                break
-        os.close(ours)
-        return process.wait(PATIENCE), shown.decode()
+from .running import command, on_a_terminal, questions, responses, run, shell
 
 
 def test_a_bar_on_a_terminal_and_then_the_summary(tmp_path):

@@ -2,12 +2,10 @@
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
-import termios
 import threading
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 
 import batchvl
 
-from .running import PATIENCE, command, environment, questions, run, shell, wait_until
+from .running import PATIENCE, command, environment, on_a_terminal, questions, run, shell, wait_until
 
 STATUS = [sys.executable, "-m", "batchvl", "status"]
 
@@ -180,35 +178,14 @@ def test_watching_a_run_without_a_terminal(tmp_path):
     assert re.match(r"20\S+ /.*\n120 of 120 rows done \(100\.0%\): 120 ok, 0 failed\n2 shards: 2 complete\n\n", block)
 
 
-def on_a_terminal(arguments, wanted, then) -> tuple[int, str]:
-    """The exit code and all that appeared on a terminal of 20 lines of 60 characters; `then` is called with the process
-    once `wanted` has appeared."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (20, 60))
-    plain = {name: text for name, text in environment().items() if name not in ("COLUMNS", "LINES")}
-    with subprocess.Popen(
-        arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=plain
-    ) as process:  # fmt: skip
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(ours, 65536)
-            except OSError:  # the last one who had the terminal open is gone
-                break
-            if then and wanted in shown:
-                then(process)
-                then = None
-        os.close(ours)
-        return process.wait(PATIENCE), shown.decode()
-
-
 def test_watching_on_a_terminal_ends_with_the_run(tmp_path):
     manifest, out = questions(tmp_path / "m.parquet", 2), tmp_path / "m-batchvl"
     run(manifest, shard="19/40")  # of 40 shards, two have a row
     runners = []
     code, shown = on_a_terminal(
         [*STATUS, str(out), "--watch", "0.2"],
+        20,
+        60,
         b"1 waiting",
         lambda _: runners.append(start(manifest, "--shard", "39/40", fake={"delay": 1})),
     )
@@ -228,7 +205,7 @@ def test_an_interrupt_ends_the_watching_quietly(tmp_path):
     manifest, out = questions(tmp_path / "m.parquet", 12), tmp_path / "m-batchvl"
     run(manifest, shard="0/3")
     code, shown = on_a_terminal(
-        [*STATUS, "--watch", str(out)], b"2 waiting", lambda process: process.send_signal(signal.SIGINT)
+        [*STATUS, "--watch", str(out)], 20, 60, b"2 waiting", lambda process: process.send_signal(signal.SIGINT)
     )
     assert code == 0
     assert "Traceback" not in shown

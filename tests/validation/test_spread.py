@@ -7,15 +7,15 @@ from statistics import median_low
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchvl.validation.spread import Tally
+from batchvl.validation.spread import Histogram
 
 
 @given(st.lists(st.integers(0, 2**50), min_size=1))
 def test_it_is_the_spread(numbers: list[int]) -> None:
-    tally = Tally()
+    histogram = Histogram()
     for number in numbers:
-        tally.add(number)
-    found = tally.spread()
+        histogram.add(number)
+    found = histogram.spread()
     assert found is not None
     assert (found.least, found.greatest) == (min(numbers), max(numbers))
     wanted = median_low(numbers)
@@ -23,4 +23,4 @@ def test_it_is_the_spread(numbers: list[int]) -> None:
 
 
 def test_of_nothing_there_is_none() -> None:
-    assert Tally().spread() is None
+    assert Histogram().spread() is None
