@@ -3,7 +3,7 @@
 #   PYTHON=python3.12   the Python to build the environments with (3.11 to 3.13); the first one found otherwise
 #   TORCH_INDEX=URL     a package index that has CPU builds of torch. pip's own index gives Linux a build that carries
 #                       CUDA: it works without a GPU too, but takes 5 GB on disk instead of 1.3
-#   JOBS=1              how many of the quick tests run at once; the slow ones, which measure, run alone
+#   JOBS=0              in how many processes the quick tests run, 0: in pytest's own; the slow ones run alone
 #   ARGS="-k resume"    handed to pytest
 #   RUNS=500 SEED=7     how often `make crash` kills a run, and which draw of moments it repeats
 

@@ -70,7 +70,7 @@ async def test_a_restart_must_gain_something(asked, tmp_path):
 
 
 async def test_a_row_past_its_time_does_not_hold_up_the_restart(asked, tmp_path):
-    async with supervised(tmp_path / "log", slow_every=7, row_timeout=0.4, grow=80 * MIB, engine_memory=60 * MIB) as e:
+    async with supervised(tmp_path / "log", slow_every=7, row_timeout=2.0, grow=80 * MIB, engine_memory=60 * MIB) as e:
         slow, quick = await asyncio.gather(e.answer(request(7)), e.answer(request(1)))
         assert (await e.answer(request(2))).texts == ("row 2",)
         assert (e.restarts, e.deaths) == (1, 0)
