@@ -17,20 +17,20 @@ __all__ = ["BatchvlError", "FakeEngine", "Summary", "__version__", "merge", "ret
 if TYPE_CHECKING:
     from .engines.fake import FakeEngine
     from .errors import BatchvlError
-    from .job import run
-    from .output import merge, status
-    from .rerun import retry
-    from .summary import Summary
+    from .results import merge, status
+    from .runner.job import run
+    from .runner.retry import retry
+    from .runner.summary import Summary
     from .validation import validate
 
 _HOMES = {
     "BatchvlError": "errors",
     "FakeEngine": "engines.fake",
-    "Summary": "summary",
-    "merge": "output",
-    "retry": "rerun",
-    "run": "job",
-    "status": "output",
+    "Summary": "runner.summary",
+    "merge": "results",
+    "retry": "runner.retry",
+    "run": "runner.job",
+    "status": "results",
     "validate": "validation",
 }
 

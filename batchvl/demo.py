@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from .errors import EngineUnavailable, OptionError
-from .job import run
-from .prompt import IMAGE_TOKEN
+from .prompts.template import IMAGE_TOKEN
+from .runner.job import run
 from .shapes.scenes import KINDS, ask_about, ask_about_pair, draw_scene, make_scene
 
 FOLDER = "batchvl-demo"
@@ -31,7 +31,7 @@ SIZES = ((144, 144), (224, 112), (112, 224), (224, 224))
 """Width and height in pixels: the model cuts these into one, two, two and four tiles."""
 EACH, PAIRS, TALKS = 6, 14, 12
 """Rows of each kind of question about one picture, rows of two pictures, and rows of three turns."""
-BAD = ("missing_file", "corrupt_picture", "forbidden_address")
+BAD = ("missing_file", "corrupt_image", "forbidden_address")
 """Rows that must fail. Their ids are the codes of their errors."""
 SCHEMA = pa.schema([
     ("id", pa.string()), ("prompt", pa.list_(pa.string())), ("images", pa.list_(pa.string())),

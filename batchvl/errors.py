@@ -224,28 +224,28 @@ class TooManyRedirects(FetchError):
     code = "too_many_redirects"
 
 
-class EmptyPicture(FetchError):
+class EmptyImage(FetchError):
     """The picture has no bytes."""
 
-    code = "empty_picture"
+    code = "empty_image"
 
 
-class NotAPicture(PrepareError):
+class NotAnImage(PrepareError):
     """The bytes are no picture of a known format. The message tells what they look like, such as an HTML page."""
 
-    code = "not_a_picture"
+    code = "not_an_image"
 
 
-class TruncatedPicture(PrepareError):
+class TruncatedImage(PrepareError):
     """The picture ends too early."""
 
-    code = "truncated_picture"
+    code = "truncated_image"
 
 
-class CorruptPicture(PrepareError):
+class CorruptImage(PrepareError):
     """The picture's data cannot be decoded."""
 
-    code = "corrupt_picture"
+    code = "corrupt_image"
 
 
 class TooManyPixels(PrepareError):
@@ -254,10 +254,10 @@ class TooManyPixels(PrepareError):
     code = "too_many_pixels"
 
 
-class TooManyPictures(PrepareError):
+class TooManyImages(PrepareError):
     """The row has more pictures than the engine or `--max-images` allows."""
 
-    code = "too_many_pictures"
+    code = "too_many_images"
 
 
 class PrepareTimeout(PrepareError):
@@ -296,7 +296,7 @@ class RequestRefused(InferError):
     code = "request_refused"
 
 
-class EngineFailed(InferError):
+class EngineError(InferError):
     """The engine answered this row with an error. The message quotes it."""
 
     code = "engine_error"

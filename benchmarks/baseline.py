@@ -27,9 +27,9 @@ import msgspec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from batchvl.engines.spec import spec_of  # noqa: E402
+from batchvl.config.options import RunOptions  # noqa: E402
+from batchvl.engines.spec import engine_spec  # noqa: E402
 from batchvl.errors import UsageError  # noqa: E402
-from batchvl.options import RunOptions  # noqa: E402
 from benchmarks.scenarios import QUESTIONS, Row  # noqa: E402
 
 LIST = 32
@@ -80,12 +80,12 @@ def load(options: dict[str, Any]) -> Any:
     import lmdeploy
     from PIL import Image
 
-    from batchvl.engines.lmdeploy.model import Resolved
+    from batchvl.engines.lmdeploy.model import ResolvedModel
 
-    spec = spec_of(RunOptions.of(engine="lmdeploy", **options))
+    spec = engine_spec(RunOptions.of(engine="lmdeploy", **options))
     backend = spec.lmdeploy["backend"]
     try:
-        resolved = Resolved(spec)
+        resolved = ResolvedModel(spec)
         resolved.wait(print)
     except UsageError as error:
         sys.exit(str(error))
@@ -133,10 +133,10 @@ class Ceiling:
     """The engine alone, fed on the loop of LMDeploy's pipeline."""
 
     def __init__(self, pipe: Any, job: Job) -> None:
-        from batchvl.engines.lmdeploy.whole import answers_whole
+        from batchvl.engines.lmdeploy.streaming import disable_streaming
 
         self._pipe, self._engine, self._rows = pipe, pipe.async_engine, job.rows
-        answers_whole(pipe.session_mgr)
+        disable_streaming(pipe.session_mgr)
         gc.collect()
         gc.freeze()
         self._loop = pipe.internal_thread.loop

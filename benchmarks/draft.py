@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy  # noqa: E402
 
+from batchvl.config.options import ImageOptions  # noqa: E402
 from batchvl.engines.lmdeploy.preparation import Preparation  # noqa: E402
 from batchvl.images.decode import decode  # noqa: E402
-from batchvl.options import ImageOptions  # noqa: E402
-from batchvl.request import Message, Part, Request  # noqa: E402
+from batchvl.types import ContentPart, Message, Request  # noqa: E402
 from benchmarks import internvl  # noqa: E402
 from benchmarks.pictures import photographs  # noqa: E402
 
@@ -35,7 +35,7 @@ SIZES = [(4000, 3000), (3999, 2999), (2000, 1500), (1280, 960)]
 PICTURES = 3
 ROUNDS = 3
 MAX_TILES = (12, 6, 1)
-ASK = Request(0, (Message("user", (Part(image=0), Part("describe this image"))),))
+ASK = Request(0, (Message("user", (ContentPart(image=0), ContentPart("describe this image"))),))
 MEAN, STD = (numpy.reshape(three, (3, 1, 1)) for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 

@@ -34,11 +34,11 @@ import msgspec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from batchvl.doctor import nvidia  # noqa: E402
-from batchvl.engines.spec import spec_of  # noqa: E402
+from batchvl.config.options import RunOptions  # noqa: E402
+from batchvl.engines.spec import engine_spec  # noqa: E402
 from batchvl.errors import OptionError  # noqa: E402
-from batchvl.options import RunOptions  # noqa: E402
-from batchvl.resources import cpus  # noqa: E402
+from batchvl.hardware import gpus as nvidia  # noqa: E402
+from batchvl.hardware.limits import cpus  # noqa: E402
 from benchmarks.scenarios import SCENARIOS, Options, Row, Scenario, shown  # noqa: E402
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def check(backend: str, options: Options) -> None:
     """Raises OptionError or ValueError for options that batchvl does not take."""
     from benchmarks.measure import values
 
-    spec_of(RunOptions.of(engine="lmdeploy", **{**values(options), "backend": backend}))
+    engine_spec(RunOptions.of(engine="lmdeploy", **{**values(options), "backend": backend}))
 
 
 def compare(told: argparse.Namespace, options: Options) -> tuple[list[Result], list[str]]:

@@ -38,11 +38,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from batchvl.demo import PICTURES, SIZES  # noqa: E402
-from batchvl.output.shard import ShardFolder  # noqa: E402
-from batchvl.prompt import IMAGE_TOKEN  # noqa: E402
-from batchvl.resources import cpus  # noqa: E402
+from batchvl.hardware.limits import cpus  # noqa: E402
+from batchvl.prompts.template import IMAGE_TOKEN  # noqa: E402
+from batchvl.results.shard import ShardFolder  # noqa: E402
+from batchvl.runner.summary import Summary  # noqa: E402
 from batchvl.shapes.scenes import KINDS, Scene, ask_about, ask_about_pair, draw_scene, make_scene  # noqa: E402
-from batchvl.summary import Summary  # noqa: E402
 from benchmarks.answers import Check, Owners, Row, check, swaps_seen  # noqa: E402
 
 SHORT = tuple(kind for kind in KINDS if kind != "caption")
@@ -169,7 +169,7 @@ def engine_process(runner: int) -> int | None:
     while level:
         for process in level:
             try:
-                if b"batchvl.engines.child" in Path(f"/proc/{process}/cmdline").read_bytes():
+                if b"batchvl.serving.engine_main" in Path(f"/proc/{process}/cmdline").read_bytes():
                     return process
             except OSError:
                 continue

@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image as Picture
 
-from batchvl.options import RunOptions
-from batchvl.output import Record, parts
-from batchvl.output.attempt import Attempt
-from batchvl.output.disk import Disk
-from batchvl.output.done import Tally
-from batchvl.output.journal import Journal, Segment, frame
-from batchvl.output.record import encode, schema, to_batch
-from batchvl.output.shard import ShardFolder
-from batchvl.request import Failure, Image
-from batchvl.values import Shard
+from batchvl.config.options import RunOptions
+from batchvl.config.units import Shard
+from batchvl.results import Record, parts
+from batchvl.results.attempt import Attempt
+from batchvl.results.journal import Journal, Segment, frame
+from batchvl.results.record import encode, schema, to_batch
+from batchvl.results.rowset import Outcomes
+from batchvl.results.shard import ShardFolder
+from batchvl.storage.disk import Disk
+from batchvl.types import Failure, Image
 
 GROUP_ROWS = 1_000_000
 """Rows of the manifest's row groups, about what pyarrow makes them by default."""
@@ -110,7 +110,7 @@ class History:
         numbers = numbers[np.argsort(turns, kind="stable")]
         for number, start in enumerate(range(0, len(numbers), len(self._records)), 1):
             some = np.sort(numbers[start : start + len(self._records)])
-            tally = Tally()
+            tally = Outcomes()
             for row, record in zip(some.tolist(), self._records, strict=False):
                 tally.add(row, record.error.code if record.error else None)
             columns = {name: column[: len(some)] for name, column in self._columns.items()}

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from history import GROUP_ROWS, History
 
-from batchvl.output import Guard
-from batchvl.output.disk import Disk
+from batchvl.results import RunFile
+from batchvl.storage.disk import Disk
 
 # ru_maxrss would have what the process was before it became this program.
 CHILD = """
@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         out = folder / "out"
-        Guard("f00d", {}, total=given.rows).claim(out, Disk())
+        RunFile("f00d", {}, total=given.rows).claim(out, Disk())
         History(out, given.rows // given.parts).parts(range(given.rows))
         for what, path in (("status", out), ("validate", manifest(folder, given.rows))):
             seconds, peak = measure(what, path)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pyarrow.parquet as pq
 
-from batchvl.options import NAMES, OPTION_TYPES, flag, variable
+from batchvl.config.options import NAMES, OPTION_TYPES, env_variable, flag
 from benchmarks.baseline import PREPARED, Done, Job
 from benchmarks.meter import Meter
 from benchmarks.picture_server import PictureServer
@@ -210,7 +210,7 @@ def flags(options: Options) -> list[str]:
 
 def environment(gpus: Sequence[str]) -> dict[str, str]:
     """For what is measured: with these GPUs, without options in variables, and with nothing to be downloaded."""
-    kept = {name: value for name, value in os.environ.items() if name not in map(variable, NAMES)}
+    kept = {name: value for name, value in os.environ.items() if name not in map(env_variable, NAMES)}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     quiet = {"HF_HUB_OFFLINE": "1", "LMDEPLOY_ENABLE_CHECK_ENV": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return {**kept, **quiet, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}

@@ -30,16 +30,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchvl.config.options import ManifestOptions, PromptOptions
+from batchvl.config.units import Shard
 from batchvl.manifest import Manifest
-from batchvl.options import ManifestOptions, PromptOptions
-from batchvl.output import Guard, Record, parts
-from batchvl.output.disk import Disk
-from batchvl.output.done import Bitmap, Tally
-from batchvl.output.journal import Journal
-from batchvl.output.record import to_batch
-from batchvl.output.shard import ShardFolder
-from batchvl.request import Image
-from batchvl.values import Shard
+from batchvl.results import Record, RunFile, parts
+from batchvl.results.journal import Journal
+from batchvl.results.record import to_batch
+from batchvl.results.rowset import Outcomes, RowSet
+from batchvl.results.shard import ShardFolder
+from batchvl.storage.disk import Disk
+from batchvl.types import Image
 
 PART = 10_000
 ANSWER = 300
@@ -49,7 +49,7 @@ LAYOUTS = ("ordered", "late", "twice", "retried", "scattered")
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from batchvl.output import merge
+from batchvl.results import merge
 
 def memory(name):
     with open("/proc/self/status") as status:
@@ -133,7 +133,7 @@ def records(seed: int = 7) -> list[Record]:
 def fill(out: Path, source: Path, rows: int, name: str) -> None:
     """An output folder with the parts of a layout."""
     found = Manifest.open(source, ManifestOptions(), PromptOptions())
-    guard = Guard(found.fingerprint, {}, id_type="int64", manifest=str(source), total=rows)
+    guard = RunFile(found.fingerprint, {}, id_type="int64", manifest=str(source), total=rows)
     guard.claim(out, Disk())
     shard = ShardFolder.of(out, Shard())
     shard.path.mkdir()
@@ -143,7 +143,7 @@ def fill(out: Path, source: Path, rows: int, name: str) -> None:
         row = pa.array(numbers)
         columns = dict(zip(guard.schema.names, batch.slice(0, len(row)).columns, strict=True))
         table = pa.table(columns | {"row": row, "id": row}, schema=guard.schema)
-        tally = Tally(ok=Bitmap(numbers.tolist()))
+        tally = Outcomes(ok=RowSet(numbers.tolist()))
         with pq.ParquetWriter(
             shard.part((attempt, number)), guard.schema, compression="zstd", write_page_checksum=True,
             use_dictionary=parts.DICTIONARY,

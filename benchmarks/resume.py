@@ -35,8 +35,8 @@ from pathlib import Path
 import msgspec
 from history import History, manifest, pictures, records
 
-from batchvl.options import OutputOptions
-from batchvl.output import Counts, Guard, Output
+from batchvl.config.options import OutputOptions
+from batchvl.results import Counts, ResultStore, RunFile
 
 LEFT_EVERY, JOURNALS, LEFT_AT_THE_END = 10_000, 64, 10_000
 RECORDED, RATE, PACED_SECONDS = 200_000, 2_000, 15
@@ -60,19 +60,19 @@ def after(owner, method, name):
         return found
     setattr(owner, method, outer)
 
-import batchvl.job
+import batchvl.runner.job
 from batchvl.cli import main
-from batchvl.engines.feed import Feed
-from batchvl.engines.process import EngineProcess
+from batchvl.serving.client import EngineClient
+from batchvl.serving.process import EngineProcess
 from batchvl.manifest import Manifest
-from batchvl.output.attempt import Attempt
-from batchvl.output.shard import Recovered
+from batchvl.results.attempt import Attempt
+from batchvl.results.shard import Recovered
 
 reached("imports")
 after(Manifest, "check", "manifest")
 after(Attempt, "__init__", "guard")
 after(Recovered, "tally", "recovered")
-after(Feed, "open", "engine")
+after(EngineClient, "open", "engine")
 rows = Manifest.rows
 
 def read(*arguments):
@@ -200,8 +200,8 @@ async def record(folder: Path) -> None:
     print(f", at most {turns[-1] * 1e3:.1f}; commits by at most {late * 1e3:.1f}")
 
 
-def _opened(folder: Path, on_commit: Callable[[Counts], None] | None = None) -> Output:
-    output = Output.open(folder, Guard("f00d", {}, total=RECORDED), on_commit=on_commit)
+def _opened(folder: Path, on_commit: Callable[[Counts], None] | None = None) -> ResultStore:
+    output = ResultStore.open(folder, RunFile("f00d", {}, total=RECORDED), on_commit=on_commit)
     output.describe({"engine": "fake"})
     return output
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from batchvl.cli import EXIT_CODES
+from batchvl.config.options import GROUPS, OPTION_TYPES, default, env_variable, flag
 from batchvl.errors import row_errors
-from batchvl.options import GROUPS, OPTION_TYPES, default, flag, variable
-from batchvl.output import COLUMNS
+from batchvl.results import COLUMNS
 
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """# Reference
@@ -37,7 +37,7 @@ def reference() -> str:
             rows.append((f"`{flag(name)}`{mark}", _values(name, field), _default(field), text.split(" [default:")[0]))
         parts += [f"### {group.__doc__}\n", _table(("option", "value", "default", "what it does"), rows)]
     parts.append(
-        f"The variable of an option is its name in capitals: `{flag('max_tiles')}` is `{variable('max_tiles')}`.\n"
+        f"The variable of an option is its name in capitals: `{flag('max_tiles')}` is `{env_variable('max_tiles')}`.\n"
     )
     parts += ["## Exit codes\n", _table(("code", "meaning"), [(str(c), t) for c, t in EXIT_CODES.items()])]
     columns = [(f"`{name}`", f"`{column.type}`", column.help) for name, column in COLUMNS.items()]

@@ -10,17 +10,7 @@ import batchvl
 
 ELSEWHERE = {
     f"batchvl.engines.lmdeploy.{name}"
-    for name in (
-        "configuration",
-        "conversation",
-        "inputs",
-        "model",
-        "pixels",
-        "preparation",
-        "processor",
-        "scaling",
-        "whole",
-    )
+    for name in ("conversation", "dtypes", "inputs", "model", "preparation", "processor", "scaling", "streaming")
 }  # want LMDeploy, which this environment's torch is too new for
 MODULES = [
     found.name

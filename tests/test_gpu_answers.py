@@ -75,7 +75,7 @@ def test_a_perfect_run_has_no_faults(rows, results):
     found = check(rows, results)
     assert (found.right, found.rows, found.faults()) == (len(rows) - 3, len(rows) - 3, [])
     assert found.proven > len(rows) / 3
-    assert found.failed == {"missing_file": 1, "corrupt_picture": 1, "forbidden_address": 1}
+    assert found.failed == {"missing_file": 1, "corrupt_image": 1, "forbidden_address": 1}
 
 
 def test_one_swap_of_captions_is_named_though_nearly_all_are_right(rows, results):

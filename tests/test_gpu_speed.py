@@ -239,7 +239,7 @@ def without_gpu(tmp_path, monkeypatch, **behaviour):
     core = cpu_core.with_cpu_core(tmp_path / "core", whole=True, **behaviour)
     (tmp_path / "core" / "sitecustomize.py").write_text(
         "import sys\n"
-        "if {'batchvl.engines.child', 'benchmarks.baseline'} & set(sys.orig_argv):\n"
+        "if {'batchvl.serving.engine_main', 'benchmarks.baseline'} & set(sys.orig_argv):\n"
         "    from tests.engines import cpu_core\n"
         "    cpu_core.install()\n"
     )

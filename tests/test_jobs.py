@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from batchvl.jobfile import read_job
-from batchvl.options import RunOptions
+from batchvl.config.options import RunOptions
+from batchvl.config.sources import read_job_file
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "jobs" / "nightly.sbatch"
@@ -32,7 +32,7 @@ def command(tmp_path):
 
 
 def test_the_job_file_is_accepted():
-    options = RunOptions.of(**read_job(ROOT / "jobs" / "nightly.toml"))
+    options = RunOptions.of(**read_job_file(ROOT / "jobs" / "nightly.toml"))
     assert options.output.accept_failures == "2%"
     assert options.sampling.max_new_tokens == 64
 
@@ -40,7 +40,7 @@ def test_the_job_file_is_accepted():
 def test_the_lines_that_are_commented_out_are_options_too(tmp_path):
     text = re.sub(r"^# (\w+ = )", r"\1", (ROOT / "jobs" / "nightly.toml").read_text(), flags=re.MULTILINE)
     (tmp_path / "all.toml").write_text(text)
-    options = RunOptions.of(**read_job(tmp_path / "all.toml"))
+    options = RunOptions.of(**read_job_file(tmp_path / "all.toml"))
     assert options.model.max_tiles == 6
     assert options.model.revision == "..."
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from .errors import EXIT_CODES
 from .machine import demo, doctor
 from .manifest import validate
 from .output import merge, status
-from .refusal import EXIT_CODES
 from .run import bench, retry, run
 
 __all__ = ["EXIT_CODES", "main"]

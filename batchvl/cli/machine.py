@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
-from .refusal import refusing
+from .errors import handle_errors
 
 
 @click.command(short_help="See it work: drawn pictures, a tiny model, every answer checked.")
 @click.argument("folder", required=False, type=click.Path(file_okay=False, path_type=Path))
-@refusing
+@handle_errors
 def demo(folder: Path | None) -> None:
     """Answer questions about drawn pictures with the tiny model that batchvl carries, and check every answer.
 
@@ -34,7 +34,7 @@ def demo(folder: Path | None) -> None:
     show_default=True,
     help="For importing torch and the engines' libraries, which takes long from a cold network disk.",
 )
-@refusing
+@handle_errors
 def doctor(as_json: bool, timeout: float) -> None:
     """Look at Python, GPUs, libraries, memory, disk and Slurm, and say what works and what to do about what does not.
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from ..options import FetchOptions, ImageOptions, ManifestOptions, PromptOptions, SamplingOptions
+from ..config.options import FetchOptions, ImageOptions, ManifestOptions, PromptOptions, SamplingOptions
+from .errors import handle_errors
 from .options import GroupedCommand, run_options
-from .refusal import refusing
 
 
 class _LookingCommand(GroupedCommand):
@@ -30,7 +30,7 @@ class _LookingCommand(GroupedCommand):
     "--probe", metavar="N", type=click.IntRange(min=0), default=0, help="Fetch and decode the pictures of N rows, too."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-@refusing
+@handle_errors
 def validate(manifest: str | None, config: str | None, probe: int, as_json: bool, **options: Any) -> None:
     """Look at every row of MANIFEST as batchvl run would read it, without a model: columns, ids, prompts, settings,
     where pictures are and how often the same ones come again. Files are looked for; nothing is opened or fetched.

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from ..options import GROUPS, NAMES, OPTION_TYPES, all_fields, default, flag
-from .refusal import EXIT_CODES
+from ..config.options import GROUPS, NAMES, OPTION_TYPES, all_fields, default, flag
+from .errors import EXIT_CODES
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .refusal import refusing
+from .errors import handle_errors
 
 if TYPE_CHECKING:
-    from ..output.status import Status
+    from ..results.status import Status
 
 
 class _OutputFolder(click.Path):
@@ -33,7 +33,7 @@ class _OutputFolder(click.Path):
     help="The run's manifest: its columns go beside the answers; one whose name is taken becomes manifest_NAME.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-@refusing
+@handle_errors
 def merge(out: str, file: Path | None, partial: bool, with_manifest: str | None, as_json: bool) -> None:
     """Merge all shards of the output folder OUT into one FILE, each row once, in the manifest's order.
 
@@ -41,7 +41,7 @@ def merge(out: str, file: Path | None, partial: bool, with_manifest: str | None,
 
     Exit code 0 if all rows are there, 3 if some are missing: then nothing is written unless --partial is given.
     """
-    from ..output import merge as merge_output
+    from ..results import merge as merge_output
 
     report = merge_output(out, file, partial=partial, with_manifest=with_manifest)
     click.echo(report.as_json() if as_json else str(report), err=not as_json)
@@ -74,7 +74,7 @@ _WATCH_SECONDS = 5.0
     help=f"Again every so many seconds until all shards are complete; {_WATCH_SECONDS:g} unless told. Ctrl-C ends it.",
 )
 @click.option("--all", "every", is_flag=True, help="Each shard, however many there are.")
-@refusing
+@handle_errors
 def status(out: str, as_json: bool, seconds: float | None, every: bool) -> None:
     """How the run of the output folder OUT is getting on, all shards together and each: rows done, rows failed by error
     code, rate, time left, the last sign of life.
@@ -91,8 +91,8 @@ def status(out: str, as_json: bool, seconds: float | None, every: bool) -> None:
 
     Exit code 0 however the run is doing, 2 if OUT is no output folder.
     """
-    from ..output import status as look
-    from ..output import watch
+    from ..results import status as look
+    from ..results import watch
 
     if seconds is None:
         _show(look(out), out, as_json, every)

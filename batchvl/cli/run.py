@@ -8,15 +8,15 @@ from typing import Any
 
 import click
 
-from ..options import FOR_RETRY
+from ..config.options import RETRY_OPTIONS
+from .errors import EXIT_CODES, handle_errors
 from .options import GroupedCommand, options_of, run_options
-from .refusal import EXIT_CODES, refusing
 
 
 @click.command(cls=GroupedCommand, short_help="Answer the rows of a manifest.")
 @run_options
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
-@refusing
+@handle_errors
 def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -> None:
     """Answer the rows of MANIFEST, a file, a folder or a glob of Parquet, JSONL (.gz, .zst) or CSV, or a folder of
     pictures.
@@ -24,7 +24,7 @@ def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -
     Each option can also come from the environment (BATCHVL_MAX_TILES for --max-tiles) or a job file (max_tiles = 6);
     flags win, then the environment, then the file.
     """
-    from ..job import run as answer
+    from ..runner.job import run as answer
 
     summary = answer(manifest, quiet=quiet, config=config, **options)
     if not quiet:
@@ -35,13 +35,13 @@ def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -
 
 @click.command(cls=GroupedCommand, short_help="Ask failed rows of an output folder again.")
 @click.argument("out", type=click.Path())
-@options_of(FOR_RETRY - {"shard"})
+@options_of(RETRY_OPTIONS - {"shard"})
 @click.option("--shard", metavar="I/N", help="Only this one of the run's shards. [default: all]")
 @click.option("--codes", metavar="A,B", help="Rows that failed with one of these error codes.")
 @click.option("--all", "every", is_flag=True, help="All rows that failed.")
 @click.option("--manifest", metavar="MANIFEST", help="Where the manifest is now. [default: where it was]")
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
-@refusing
+@handle_errors
 def retry(
     out: str, codes: str | None, every: bool, manifest: str | None, config: str | None, quiet: bool, **options: Any
 ) -> None:
@@ -52,7 +52,7 @@ def retry(
     the rows came to before is kept in OUT; in the results an answer wins over a failure, and the later failure over the
     earlier.
     """
-    from ..rerun import retry as again
+    from ..runner.retry import retry as again
 
     wanted = [code.strip() for code in (codes or "").split(",") if code.strip()]
     summaries = again(out, codes=wanted, all=every, manifest=manifest, config=config, quiet=quiet, **options)
@@ -69,14 +69,14 @@ class _MeasuringCommand(GroupedCommand):
 @click.command(cls=_MeasuringCommand, short_help="How fast this machine answers, beside how fast its engine could.")
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-@refusing
+@handle_errors
 def bench(manifest: str | None, config: str | None, as_json: bool, **options: Any) -> None:
     """Answer some rows of MANIFEST as batchvl run does, then again with everything prepared beforehand, and tell what
     limits the run. Nothing is kept.
 
     The options are those of batchvl run; --limit says how many rows. [default: 1000]
     """
-    from ..bench import bench as measure
+    from ..runner.bench import bench as measure
 
     found = measure(manifest, config=config, **options)
     click.echo(found.as_json() if as_json else str(found))

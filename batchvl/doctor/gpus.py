@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..hardware.gpus import Gpu, NoAnswer, NoGpu, filter_visible, gpus
 from .finding import Finding, Level, size
-from .nvidia import Gpu, NoAnswer, NoGpu, gpus, visible
 
 
 def graphics(environment: Mapping[str, str] = os.environ) -> tuple[Finding, bool]:
@@ -33,7 +33,7 @@ def graphics(environment: Mapping[str, str] = os.environ) -> tuple[Finding, bool
             advice = "nothing to do for small models: they run on the CPU, slowly"
         return Finding("missing", "GPU", str(error), advice), False
     told = environment.get("CUDA_VISIBLE_DEVICES")
-    ours = visible(found, environment)
+    ours = filter_visible(found, environment)
     of = "" if told is None else f"; CUDA_VISIBLE_DEVICES={told}"
     if not ours:
         text = f"{_models(found)} here, hidden by CUDA_VISIBLE_DEVICES={told!r}"

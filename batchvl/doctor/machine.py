@@ -11,8 +11,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from .. import __version__, resources
-from ..commands import ask
+from .. import __version__
+from ..hardware import limits as resources
+from ..hardware.commands import run_command
 from .finding import GIB, Finding, size
 
 FILES = 4096
@@ -110,7 +111,7 @@ def slurm(environment: Mapping[str, str] = os.environ) -> Finding:
         granted.append(f"{count} GPU{'' if str(count) == '1' else 's'}")
         return Finding("ok", "Slurm", f"in job {job}: {', '.join(filter(None, granted))}")
     try:
-        code, said = ask(["sbatch", "--version"], 15)
+        code, said = run_command(["sbatch", "--version"], 15)
     except FileNotFoundError:
         return Finding("ok", "Slurm", "none here; batchvl needs it for clusters only")
     except OSError as error:

@@ -9,19 +9,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from msgspec import Meta
 
-from ..errors import EngineFailed, EngineUnavailable, ModelError, OptionError, RowTimeout
-from ..images.arena import ArenaView
+from ..errors import EngineError, EngineUnavailable, ModelError, OptionError, RowTimeout
 from ..images.preparation import PreparationSpec
-from ..request import Failure, Request, Response, Struct
-from .protocol import EngineInfo, EngineSpec, unheard
-from .stopwatch import Stopwatch
+from ..ipc.arena import ArenaView
+from ..types import Failure, Image, Request, Response, Struct
+from .base import EngineInfo, EngineSpec, Stopwatch, ignore
 
 _FOREVER = 1e6
 Seconds = Annotated[float, Meta(ge=0)]
@@ -71,7 +70,7 @@ class FakeEngine:
     The digest is over the tensors in the arena, so a test that knows the pictures can tell a swapped one.
     """
 
-    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = unheard) -> None:
+    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = ignore) -> None:
         self.steps = 0
         self._spec, self._arena = spec, arena
         try:
@@ -92,7 +91,7 @@ class FakeEngine:
         return self._idle.seconds
 
     async def resolve(self) -> PreparationSpec | None:
-        return PreparationSpec("batchvl.engines.fake_preparation:Thumbnails") if self._options.pictures else None
+        return PreparationSpec("batchvl.engines.fake:Thumbnails") if self._options.pictures else None
 
     async def start(self) -> EngineInfo:
         if self._options.refuse:
@@ -169,11 +168,11 @@ class FakeEngine:
             self._aborted.discard(row)
             return Response(row, failure=Failure.of(RowTimeout("the row was aborted")))
         if options.fail_every and row % options.fail_every == 0:
-            error = Failure(EngineFailed.code, EngineFailed.stage, "this row fails by order", retryable=False)
+            error = Failure(EngineError.code, EngineError.stage, "this row fails by order", retryable=False)
             return Response(row, failure=error)
         if options.flaky_every and row % options.flaky_every == 0 and row not in self._failed_once:
             self._failed_once.add(row)
-            return Response(row, failure=Failure.of(EngineFailed("this row fails once, by order")))
+            return Response(row, failure=Failure.of(EngineError("this row fails once, by order")))
         seen = self._digest(request)
         turns = (request.messages[-1], *request.followups)
         texts = tuple(" ".join([*(part.text for part in turn.parts if part.text), *seen]) for turn in turns)
@@ -197,3 +196,16 @@ def _hold_lock() -> None:
     sleep = ctypes.PyDLL(None).sleep  # PyDLL keeps the lock
     while True:
         sleep(int(_FOREVER))  # which a signal cuts short
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+SIDE = 32
+
+
+class Thumbnails:
+    """Each picture as SIDE x SIDE pixels of three bytes."""
+
+    def prepare(self, request: Request, pictures: Sequence[Picture], images: Sequence[Image] = ()) -> dict[str, bytes]:
+        return {f"picture{i}": picture.resize((SIDE, SIDE)).tobytes() for i, picture in enumerate(pictures)}

@@ -21,8 +21,8 @@ from typing import Any
 
 import msgspec
 
-from ..commands import end
-from ..lifeline import spawn, tie
+from ..hardware.commands import kill_group
+from ..ipc.spawn import die_with_parent, spawn
 
 _LAST_WORDS = 160
 
@@ -64,7 +64,7 @@ class Probe:
         except subprocess.TimeoutExpired:
             return Facts(error="importing it hangs")
         finally:
-            end(self._process)
+            kill_group(self._process)
             with self._said as file:
                 file.seek(0)
                 lines = file.read().decode("utf-8", "replace").split("\n")
@@ -76,7 +76,7 @@ class Probe:
         return Facts(error=f"a process that imports it {how}{words and ': '}{words[-_LAST_WORDS:]}")
 
     def end(self) -> None:
-        end(self._process)
+        kill_group(self._process)
 
 
 def torch() -> Facts:
@@ -156,7 +156,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in PROBES:
         sys.exit(f"want one of {', '.join(PROBES)}")
     if len(sys.argv) > 2:
-        tie(int(sys.argv[2]))
+        die_with_parent(int(sys.argv[2]))
     line = b"\n" + msgspec.json.encode(probe(sys.argv[1])) + b"\n"
     sys.stdout.flush()
     sys.stderr.flush()

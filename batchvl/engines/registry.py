@@ -7,8 +7,8 @@ import importlib.util
 from collections.abc import Mapping
 
 from ..errors import EngineUnavailable
-from .place import visible
-from .protocol import EngineFactory
+from ..hardware.gpus import visible_gpus
+from .base import EngineFactory
 
 ENGINES: Mapping[str, str] = {
     "lmdeploy": "batchvl.engines.lmdeploy:LmdeployEngine",
@@ -31,7 +31,7 @@ def choose(name: str, device: str = "auto") -> str:
     """
     if name != "auto":
         return name
-    if not _missing("lmdeploy", "torch") and device != "cpu" and visible():
+    if not _missing("lmdeploy", "torch") and device != "cpu" and visible_gpus():
         return "lmdeploy"
     if not (missing := _missing("torch", "transformers")):
         return "transformers"

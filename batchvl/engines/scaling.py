@@ -11,7 +11,7 @@ import numpy
 Setting = Callable[[str], Any]
 
 
-def used(images: Any, settings: Mapping[str, Any], width: int, height: int) -> tuple[int, int] | None:
+def resized_size(images: Any, settings: Mapping[str, Any], width: int, height: int) -> tuple[int, int] | None:
     """Width and height that the image processor `images` makes of a picture, before it cuts it into tiles.
 
     settings: what it is called with, instead of its own. None for a processor that is not known, or where it does not

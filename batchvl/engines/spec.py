@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 
 from .. import shapes
+from ..config.options import LmdeployOptions, RunOptions, default, flag
 from ..errors import OptionError
-from ..options import LmdeployOptions, RunOptions, default, flag
-from ..sampling import sampling
-from .protocol import EngineSpec
+from ..prompts.sampling import sampling
+from .base import EngineSpec
 
 
-def spec_of(options: RunOptions) -> EngineSpec:
+def engine_spec(options: RunOptions) -> EngineSpec:
     """The spec of the engine that `options` name.
 
     Raises OptionError where an --engine-option is none, or an option is for another engine.

@@ -6,24 +6,17 @@ import hashlib
 import io
 import warnings
 import zlib
+from collections.abc import Callable
+from typing import TypeAlias
 
 import PIL.Image
 from PIL import ImageFile, features
 from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
-from .. import request
-from ..errors import (
-    CorruptPicture,
-    NotAPicture,
-    PrepareError,
-    PrepareFailed,
-    TooManyPictures,
-    TooManyPixels,
-    TruncatedPicture,
-)
-from ..options import ImageOptions
-from .draft import Used, draft
+from .. import types as request
+from ..config.options import ImageOptions
+from ..errors import CorruptImage, NotAnImage, PrepareError, PrepareFailed, TooManyImages, TooManyPixels, TruncatedImage
 from .rgb import to_rgb
 from .sniff import ends_early, is_picture, looks_like
 
@@ -55,11 +48,11 @@ def strict() -> None:
 def check_count(pictures: int, limits: ImageOptions) -> None:
     """Raises TooManyPictures where a row has more than --max-images."""
     if pictures > limits.max_images:
-        raise TooManyPictures(f"{pictures} pictures in the row, at most {limits.max_images} are allowed (--max-images)")
+        raise TooManyImages(f"{pictures} pictures in the row, at most {limits.max_images} are allowed (--max-images)")
 
 
 def decode(
-    data: bytes | memoryview, limits: ImageOptions, source: str, used: Used | None = None
+    data: bytes | memoryview, limits: ImageOptions, source: str, used: ResizeTarget | None = None
 ) -> tuple[PIL.Image.Image, request.Image]:  # fmt: skip
     """The picture as RGB, EXIF orientation applied, transparency on white, of an animation the first frame; and what
     the output says about it: sha256 and number of the encoded bytes, width and height in pixels.
@@ -85,12 +78,12 @@ def decode(
     return picture, request.Image(source, hashlib.sha256(data).hexdigest(), width, height, len(data))
 
 
-def _open(data: bytes, max_pixels: int, used: Used | None) -> tuple[PIL.Image.Image, tuple[int, int]]:
+def _open(data: bytes, max_pixels: int, used: ResizeTarget | None) -> tuple[PIL.Image.Image, tuple[int, int]]:
     """The picture, upright, and its width and height in the file."""
     with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width < 1 or height < 1:
-            raise CorruptPicture(f"its header says {width} x {height} pixels")
+            raise CorruptImage(f"its header says {width} x {height} pixels")
         if width * height > max_pixels:
             raise TooManyPixels(
                 f"{width} x {height} pixels are {width * height:,}, more than --max-image-pixels {max_pixels:,}"
@@ -129,7 +122,7 @@ def _check_sums(data: memoryview) -> None:
             and end + 4 <= len(data)
             and zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big")
         ):
-            raise CorruptPicture(f"its chunk {bytes(data[at + 4 : at + 8])!r} has a wrong checksum")
+            raise CorruptImage(f"its chunk {bytes(data[at + 4 : at + 8])!r} has a wrong checksum")
         at = end + 4
 
 
@@ -144,8 +137,43 @@ def _turn(image: PIL.Image.Image) -> Transpose | None:
 def _blame(data: bytes, error: Exception, source: str) -> PrepareError:
     """The row's error for an exception of Pillow, whose types and texts differ from decoder to decoder."""
     if not is_picture(data):
-        return NotAPicture(f"{source}: found {looks_like(data)}, want a picture ({', '.join(FORMATS)})")
+        return NotAnImage(f"{source}: found {looks_like(data)}, want a picture ({', '.join(FORMATS)})")
     reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {type(error).__name__}: {error}"
     if ends_early(data) or isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return TruncatedPicture(f"{source}: ends after {len(data):,} bytes, before the picture is whole{reason}")
-    return CorruptPicture(f"{source}: {len(data):,} bytes that cannot be decoded{reason}")
+        return TruncatedImage(f"{source}: ends after {len(data):,} bytes, before the picture is whole{reason}")
+    return CorruptImage(f"{source}: {len(data):,} bytes that cannot be decoded{reason}")
+
+
+ResizeTarget: TypeAlias = Callable[[int, int], tuple[int, int] | None]
+"""`Scaling.used`: of an upright picture's width and height, the width and height that are made of it."""
+SCALES = (8, 4, 2)
+
+
+def draft(image: JpegImageFile, width: int, height: int, used: ResizeTarget) -> None:
+    """Has `image`, of which nothing is decoded yet, decoded at the least scale that `used` allows.
+
+    width, height: as they are once the picture stands upright. Raises PrepareFailed where `used` does not work.
+    """
+    try:
+        scale = choose_scale(width, height, used)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise PrepareFailed(f"--draft-decode: the model's size for {width} x {height} pixels: {said}") from error
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))  # the mode stays: `to_rgb` is for that
+
+
+def choose_scale(width: int, height: int, used: ResizeTarget) -> int:
+    """The largest of `SCALES` by which the picture can be divided so that no pixel is missed and the same size is made
+    of it; 1 where there is none.
+
+    libjpeg rounds up, so the aspect ratio changes a little, and with it perhaps the tiles that are chosen.
+    """
+    wanted = used(width, height)
+    if wanted is None:
+        return 1
+    for scale in SCALES:
+        enough = width // scale >= wanted[0] and height // scale >= wanted[1]
+        if enough and used(-(-width // scale), -(-height // scale)) == wanted:
+            return scale
+    return 1

@@ -11,16 +11,16 @@ import aiohttp
 import tenacity
 
 from .. import __version__
-from ..errors import EmptyPicture, FetchTimeout, TooLarge, TooManyBytes
-from ..options import FetchOptions
-from ..request import Extent, FileImage, ImageRef, InlineImage, WebImage
-from .arena import Arena
-from .clock import Clock, stopped_in_queue
-from .guard import NetworkGuard
+from ..config.options import FetchOptions
+from ..errors import EmptyImage, FetchTimeout, TooLarge, TooManyBytes
+from ..ipc.arena import Arena
+from ..types import Extent, FileImage, ImageRef, InlineImage, WebImage
+from .buffers import ImageBuffers
+from .http import MAX_REDIRECTS, TransientError, check_scheme, check_status, failure
+from .labels import source_label
 from .messages import Source
-from .room import Room
-from .source import source_label
-from .web import MAX_REDIRECTS, Passing, check_scheme, check_status, failure
+from .network import NetworkGuard
+from .timeout import PausableTimeout, pause_while_queued
 
 __all__ = ["Fetched", "Fetcher", "check_given", "source_label"]
 
@@ -56,12 +56,12 @@ class _Download:
 
     image: WebImage
     label: str
-    room: Room
+    room: ImageBuffers
     place: int
     alone: bool
-    clock: Clock
+    clock: PausableTimeout
     attempts: int = 0
-    failed: Passing | None = None
+    failed: TransientError | None = None
     """How the first attempt failed, until the retries have heard of it."""
     last: str = ""
     """Why it waited for another attempt, if it did."""
@@ -82,7 +82,7 @@ class Fetcher:
         backoffs = tenacity.wait_exponential(backoff, _LONGEST_BACKOFF) + tenacity.wait_random(0, backoff)
         enough = tenacity.stop_after_attempt(options.fetch_retries + 1)
         self._again = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(Passing),
+            retry=tenacity.retry_if_exception_type(TransientError),
             stop=lambda state: enough(state) or _too_late(state),
             wait=lambda state: max(backoffs(state), _passing(state).after),
             before_sleep=_rest,
@@ -103,7 +103,7 @@ class Fetcher:
             headers=_HEADERS,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # a proxy would connect where the guard cannot see
-            trace_configs=[stopped_in_queue()],
+            trace_configs=[pause_while_queued()],
         )
         return self
 
@@ -124,7 +124,7 @@ class Fetcher:
             return Fetched(tuple(Source(source_label(image), image) for image in files), self._arena, ())
         for image in pictures:
             check_given(image, self._options.max_image_bytes)
-        room = Room(self._arena, pictures, self._options.max_image_bytes)
+        room = ImageBuffers(self._arena, pictures, self._options.max_image_bytes)
         try:
             if not await self._download(room):
                 room.widen()
@@ -145,13 +145,13 @@ class Fetcher:
         )
         return Fetched(sources, self._arena, tuple(room.extents))
 
-    async def _download(self, room: Room) -> bool:
+    async def _download(self, room: ImageBuffers) -> bool:
         """Fetches the row's web pictures; False where some of them overran their shares."""
         await room.hold()
         web = [(place, image) for place, image in enumerate(room.pictures) if isinstance(image, WebImage)]
         alone = len(web) == 1
         downloads = [
-            _Download(image, source_label(image), room, place, alone, Clock(self._options.fetch_timeout))
+            _Download(image, source_label(image), room, place, alone, PausableTimeout(self._options.fetch_timeout))
             for place, image in web
         ]
         if alone:
@@ -170,7 +170,7 @@ class Fetcher:
         except TimeoutError:
             seconds = f"{self._options.fetch_timeout:g} s"
             raise FetchTimeout(f"{download.label}: not complete within {seconds}{download.last}") from None
-        except Passing as passing:
+        except TransientError as passing:
             tried = f" (tried {download.attempts} times)" if download.attempts > 1 else ""
             raise type(passing.error)(f"{passing.error}{tried}") from passing.__cause__
         except _Overrun:
@@ -180,7 +180,7 @@ class Fetcher:
     async def _persistently(self, download: _Download) -> None:
         try:
             await self._attempt(download)
-        except Passing as passing:
+        except TransientError as passing:
             # Only now to tenacity: it takes as long as a third of a fetch, and nearly no fetch needs it.
             download.failed = passing
             await self._again(download)
@@ -224,7 +224,7 @@ class Fetcher:
                 raise _Overrun
             view[start:end] = chunk
         if not end:
-            raise EmptyPicture(f"{download.label}: has no bytes")
+            raise EmptyImage(f"{download.label}: has no bytes")
         room.expect(place, end)
 
 
@@ -236,16 +236,16 @@ def check_given(image: WebImage | InlineImage, limit: int) -> None:
     if isinstance(image, WebImage):
         check_scheme(image)
     elif not image.data:
-        raise EmptyPicture(f"{source_label(image)}: has no bytes")
+        raise EmptyImage(f"{source_label(image)}: has no bytes")
     elif len(image.data) > limit:
         found = f"has {len(image.data):,} bytes, more than --max-image-bytes {limit:,}"
         raise TooManyBytes(f"{source_label(image)}: {found}")
 
 
-def _passing(state: tenacity.RetryCallState) -> Passing:
+def _passing(state: tenacity.RetryCallState) -> TransientError:
     assert state.outcome is not None
     error = state.outcome.exception()
-    assert isinstance(error, Passing)
+    assert isinstance(error, TransientError)
     return error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import EmptyPicture, ForbiddenPath, MissingFile, OptionError, TooManyBytes
+from ..errors import EmptyImage, ForbiddenPath, MissingFile, OptionError, TooManyBytes
 
 
 def check_roots(folders: Iterable[str]) -> None:
@@ -29,7 +29,7 @@ def open_beneath(path: str, roots: Sequence[Path], limit: int) -> bytes:
     with _pinned(path, roots, limit) as (pinned, _), open(pinned, "rb") as file:
         data = file.read(limit + 1)
     if not data:
-        raise EmptyPicture(f"{path}: has no bytes")
+        raise EmptyImage(f"{path}: has no bytes")
     if len(data) > limit:  # it grew meanwhile
         raise TooManyBytes(f"{path}: has more bytes than --max-image-bytes {limit:,}")
     return data
@@ -39,7 +39,7 @@ def check_beneath(path: str, roots: Sequence[Path], limit: int) -> None:
     """Raises what `open_beneath` would, as far as that can be told of a file without opening it."""
     with _pinned(path, roots, limit) as (pinned, size):
         if not size:
-            raise EmptyPicture(f"{path}: has no bytes")
+            raise EmptyImage(f"{path}: has no bytes")
         if not os.access(pinned, os.R_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

@@ -11,8 +11,8 @@ runner ── Setup ─▶ host       once; then Fork and Kill
 
 from __future__ import annotations
 
-from ..options import ImageOptions
-from ..request import Extent, Failure, FileImage, Image, Request, Struct, Tensor
+from ..config.options import ImageOptions
+from ..types import Extent, Failure, FileImage, Image, Request, Struct, Tensor
 from .preparation import PreparationSpec
 
 
@@ -25,7 +25,7 @@ class Source(Struct, frozen=True):
     extent: Extent | None = None
 
 
-class Job(Struct, frozen=True, tag="job"):
+class PrepareJob(Struct, frozen=True, tag="job"):
     """Requests about the same pictures: these are read once."""
 
     requests: tuple[Request, ...]
@@ -55,7 +55,7 @@ class Failed(Struct, frozen=True, tag="failed"):
     images: tuple[Image, ...]
 
 
-ToWorker = Job | Grant
+ToWorker = PrepareJob | Grant
 FromWorker = Need | Done | Failed
 
 
@@ -82,7 +82,7 @@ class Kill(Struct, frozen=True, tag="kill"):
     worker: int
 
 
-class Ready(Struct, frozen=True, tag="ready"):
+class HostReady(Struct, frozen=True, tag="ready"):
     error: str | None = None
 
 
@@ -92,4 +92,4 @@ class Died(Struct, frozen=True, tag="died"):
 
 
 ToHost = Fork | Kill
-FromHost = Ready | Died
+FromHost = HostReady | Died

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
-from ..request import Image, Request, Struct
+from ..types import Image, Request, Struct
 
 if TYPE_CHECKING:
     import numpy

@@ -6,7 +6,7 @@ import math
 
 from PIL import Image
 
-from ..errors import CorruptPicture
+from ..errors import CorruptImage
 
 _EIGHT_OF_SIXTEEN = [(value + 128) // 257 for value in range(65536)]
 """65535 / 255 = 257, so this is the nearest of 8 bits; a shift would darken."""
@@ -59,7 +59,7 @@ def _grey_of_deep(image: Image.Image) -> Image.Image:
 
 def _stretched(image: Image.Image, low: float, high: float) -> Image.Image:
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise CorruptPicture("its pixels' values are not finite")
+        raise CorruptImage("its pixels' values are not finite")
     scale = 255 / (high - low) if high > low else 0
     return _scaled(image, scale, -low * scale)
 

@@ -72,7 +72,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return not _is_binary(kind)
 
 
-class Use(NamedTuple):
+class ColumnSpec(NamedTuple):
     """What a column is for: which types fit, in words too, and the flag that names another column."""
 
     fits: Callable[[pa.DataType], bool]
@@ -80,15 +80,15 @@ class Use(NamedTuple):
     flag: str
 
 
-_PROMPT = Use(_is_prompt, "strings, or lists of strings", "--prompt-column")
-_MESSAGES = Use(_is_chat, "lists of structs, or JSON in strings", "--messages-column")
-_IMAGES = Use(_is_picture, "strings, binary, {bytes, path}, or lists of these", "--image-column")
-_ID = Use(_is_label, "integers or strings", "--id-column")
-_GENERATION = Use(_is_settings, "structs, maps, or JSON in strings", "--generation-column")
-_TEMPLATE = Use(_is_text, "what can be written as text", "--prompt")
+_PROMPT = ColumnSpec(_is_prompt, "strings, or lists of strings", "--prompt-column")
+_MESSAGES = ColumnSpec(_is_chat, "lists of structs, or JSON in strings", "--messages-column")
+_IMAGES = ColumnSpec(_is_picture, "strings, binary, {bytes, path}, or lists of these", "--image-column")
+_ID = ColumnSpec(_is_label, "integers or strings", "--id-column")
+_GENERATION = ColumnSpec(_is_settings, "structs, maps, or JSON in strings", "--generation-column")
+_TEMPLATE = ColumnSpec(_is_text, "what can be written as text", "--prompt")
 
 
-def uses(columns: Columns) -> Iterator[tuple[str, Use]]:
+def column_specs(columns: Columns) -> Iterator[tuple[str, ColumnSpec]]:
     """The columns with what each is for; those of `--keep` may be anything."""
     single = (
         (columns.prompt, _PROMPT), (columns.messages, _MESSAGES), (columns.images, _IMAGES), (columns.image, _IMAGES),

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from .files import find
 from .fingerprint import fingerprint
-from .jsontypes import JSON
+from .json_types import JSON
 from .manifest import READERS
-from .parquet import ParquetReader
-from .reader import Batch, Chunk
+from .readers.base import Batch, Chunk
+from .readers.parquet import ParquetReader
 
 _encode = msgspec.json.Encoder().encode
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from ..config.options import ManifestOptions, flag
 from ..errors import ManifestError
-from ..options import ManifestOptions, flag
 
 
 @dataclass(frozen=True, slots=True)

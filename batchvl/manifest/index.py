@@ -15,7 +15,7 @@ STEP = 1000
 _FORMAT = 2
 
 
-class Place(msgspec.Struct, frozen=True, array_like=True):
+class RowOffset(msgspec.Struct, frozen=True, array_like=True):
     """Where a row begins: bytes from its file's start, and lines before it."""
 
     offset: int = 0
@@ -27,7 +27,7 @@ class FileIndex(msgspec.Struct):
     no seek.
     """
 
-    places: list[Place] = []
+    places: list[RowOffset] = []
     rows: int | None = None
     """None while its end has not been reached."""
 
@@ -47,7 +47,7 @@ class Index(msgspec.Struct):
         """The manifest's rows; None while its end has not been reached."""
         return self.seek(sys.maxsize)[1] if self.whole else None
 
-    def seek(self, number: int) -> tuple[int, int, Place]:
+    def seek(self, number: int) -> tuple[int, int, RowOffset]:
         """The last place known at or before a row: the file, the row that begins there, and the place.
 
         One file more than there are where all of them are known and the row is not in them.
@@ -56,9 +56,9 @@ class Index(msgspec.Struct):
         for at, file in enumerate(self.files):
             if file.rows is None or number < start + file.rows:
                 step = min((number - start) // STEP, len(file.places) - 1)
-                return (at, start + step * STEP, file.places[step]) if file.places else (at, start, Place())
+                return (at, start + step * STEP, file.places[step]) if file.places else (at, start, RowOffset())
             start += file.rows
-        return len(self.files), start, Place()
+        return len(self.files), start, RowOffset()
 
     def write(self, folder: Path) -> None:
         """Writes the index for other shards and later runs. What of two that write at once remains is right."""

@@ -10,21 +10,21 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..config.options import ManifestOptions, PromptOptions
+from ..config.units import Shard
 from ..errors import ManifestError
-from ..options import ManifestOptions, PromptOptions
-from ..prompt import template_columns
-from ..request import Row
-from ..values import Shard
+from ..prompts.template import template_columns
+from ..types import Row
 from .columns import Columns, choose
 from .files import Files, Format, find
 from .fingerprint import fingerprint
-from .folder import PictureReader
-from .jsonl import JsonlReader
-from .parquet import ParquetReader
-from .reader import Reader
+from .readers.base import Reader
+from .readers.csv import CsvReader
+from .readers.image_folder import ImageFolderReader
+from .readers.jsonl import JsonlReader
+from .readers.parquet import ParquetReader
+from .readers.text import EVERY_ROW, TextReader
 from .rows import IdType, RowMaker
-from .table import CsvReader
-from .text import EVERY_ROW, TextReader
 
 ALL = Shard()
 CHECKED_IDS = 100_000
@@ -33,8 +33,8 @@ _CHECKED_BYTES = 64 * 2**20
 _LOOKED_AT = 100
 _FEW = 10
 
-READERS: dict[Format, type[ParquetReader | JsonlReader | CsvReader | PictureReader]] = {
-    "parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader, "pictures": PictureReader,
+READERS: dict[Format, type[ParquetReader | JsonlReader | CsvReader | ImageFolderReader]] = {
+    "parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader, "pictures": ImageFolderReader,
 }  # fmt: skip
 
 

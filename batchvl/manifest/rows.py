@@ -9,9 +9,9 @@ from typing import Any, Literal
 import msgspec
 
 from ..errors import InvalidMessages, InvalidRow, RowError
-from ..request import Failure, ImageRef, Row
+from ..types import Failure, ImageRef, Row
 from .columns import Columns
-from .pictures import image_of, images_of
+from .image_refs import image_of, images_of
 
 IdType = Literal["int64", "string"]
 

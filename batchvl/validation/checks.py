@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..config.options import RunOptions
 from ..errors import RowError
 from ..images.decode import check_count
 from ..images.fetch import check_given
-from ..images.reach import Reach
-from ..options import RunOptions
-from ..prompt import Prompter
-from ..request import Failure, FileImage, Request, Row, WebImage
+from ..images.url_checker import UrlChecker
+from ..prompts.template import Prompter
+from ..types import Failure, FileImage, Request, Row, WebImage
 from .paths import Paths
 
 
@@ -31,7 +31,7 @@ class Checks:
     many tokens it takes.
     """
 
-    def __init__(self, options: RunOptions, reach: Reach, paths: Paths) -> None:
+    def __init__(self, options: RunOptions, reach: UrlChecker, paths: Paths) -> None:
         self._prompter = Prompter(options.prompt, options.sampling)
         self._most_bytes, self._limits = options.fetch.max_image_bytes, options.image
         self._reach, self._paths = reach, paths

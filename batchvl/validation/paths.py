@@ -10,7 +10,7 @@ from types import TracebackType
 from ..errors import RowError
 from ..images.files import check_beneath
 from ..recent import Recent
-from ..request import Failure
+from ..types import Failure
 
 THREADS = 16
 """Files looked at at once: on a network's disk each look is a wait."""

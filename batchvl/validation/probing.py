@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from ..budget import Budget
+from ..concurrency import ByteSemaphore
+from ..config.options import RunOptions
 from ..errors import OptionError, RowError
-from ..images.arena import BLOCK, Arena, usual_bytes
+from ..hardware.limits import cpus
 from ..images.fetch import Fetcher
-from ..images.workers import ImageWorkers, RowFailed
-from ..lifeline import Lifeline
-from ..options import RunOptions
-from ..request import Image, Row
-from ..resources import cpus
-from ..runner import INLINE_BYTES
+from ..images.worker_pool import ImageWorkers, RowFailed
+from ..ipc.arena import BLOCK, Arena, default_arena_bytes
+from ..ipc.spawn import ParentPipe
+from ..runner.scheduler import INLINE_BYTES
+from ..types import Image, Row
 from .checks import Checks
 from .problems import Problems
+from .quantiles import Histogram
 from .report import Probe
-from .spread import Histogram
 
 
 class Prober:
@@ -32,7 +32,7 @@ class Prober:
 
     def __init__(self, options: RunOptions, roots: Sequence[Path], checks: Checks) -> None:
         self._options, self._roots, self._checks = options, roots, checks
-        self._inline = Budget(INLINE_BYTES)
+        self._inline = ByteSemaphore(INLINE_BYTES)
         self._reading = asyncio.Lock()
         self._problems = Problems()
         self._bytes, self._pixels = Histogram(), Histogram()
@@ -43,9 +43,11 @@ class Prober:
     async def __aenter__(self) -> Prober:
         options = self._options
         async with AsyncExitStack() as stack:
-            lifeline = Lifeline()
+            lifeline = ParentPipe()
             stack.callback(lifeline.close)
-            size = (options.image.arena_bytes or usual_bytes()) // 4  # as much as a run has for encoded pictures
+            size = (
+                options.image.arena_bytes or default_arena_bytes()
+            ) // 4  # as much as a run has for encoded pictures
             try:
                 encoded, nothing = Arena(max(1, size // BLOCK)), Arena(1)
             except OSError as error:

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from ..errors import row_errors
-from ..images.source import url_label
+from ..images.labels import url_label
 
 EXAMPLES = 3
 _LONGEST = 300  # characters of what was found

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from ..values import counted
+from ..config.units import pluralize
 from .problems import Problem
-from .spread import Spread
+from .quantiles import Quantiles
 
 _WIDTH = 120
 _INDENT = 11
@@ -38,12 +38,12 @@ class Prompts(msgspec.Struct, frozen=True):
     rows: int
     conversations: int
     """Rows of several turns."""
-    characters: Spread | None
+    characters: Quantiles | None
 
     def __str__(self) -> str:
         if self.characters is None:
             return "none"
-        turns = f"; {counted(self.conversations, 'conversation')} of several turns" if self.conversations else ""
+        turns = f"; {pluralize(self.conversations, 'conversation')} of several turns" if self.conversations else ""
         return f"{_spread(self.characters)} characters{turns}"
 
 
@@ -65,7 +65,7 @@ class Pictures(msgspec.Struct, frozen=True):
         most = f", up to {self.most:,} in one" if self.most > 1 else ""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.kinds.items(), key=lambda kind: -kind[1]))
         different = _different(self.references, self.distinct)
-        return f"{self.references:,} in {counted(self.rows)}{most}, {different}: {kinds}"
+        return f"{self.references:,} in {pluralize(self.rows)}{most}, {different}: {kinds}"
 
 
 class Sharing(msgspec.Struct, frozen=True):
@@ -94,7 +94,7 @@ class Sharing(msgspec.Struct, frozen=True):
         if not repeats:
             return "no row has the same pictures as another"
         text = (
-            f"{counted(repeats)} of {self.rows:,} with the pictures of an earlier one: "
+            f"{pluralize(repeats)} of {self.rows:,} with the pictures of an earlier one: "
             f"{self.shared / repeats:.0%} within --look-ahead {self.look_ahead} share its reading, "
             f"{self.apart / repeats:.0%} are read again"
         )
@@ -112,9 +112,9 @@ class Probe(msgspec.Struct, frozen=True):
     """Of these rows."""
     pictures: int
     """That are good."""
-    bytes: Spread | None
+    bytes: Quantiles | None
     """Of the encoded pictures."""
-    pixels: Spread | None
+    pixels: Quantiles | None
     """Width times height."""
     largest: tuple[int, int] | None
     """Width and height of the picture with the most pixels."""
@@ -127,8 +127,8 @@ class Probe(msgspec.Struct, frozen=True):
     problems: tuple[Problem, ...]
 
     def __str__(self) -> str:
-        failed = f"{counted(self.failed)} failed"
-        text = f"{counted(self.rows)}, {failed}; {counted(self.pictures, 'good picture')}"
+        failed = f"{pluralize(self.failed)} failed"
+        text = f"{pluralize(self.rows)}, {failed}; {pluralize(self.pictures, 'good picture')}"
         if self.bytes is None or self.pixels is None or self.largest is None:
             return text
         width, height = self.largest
@@ -175,8 +175,8 @@ class Report(msgspec.Struct, frozen=True):
         return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode()
 
     def __str__(self) -> str:
-        where = counted(self.files, _FILES[self.format])
-        lines = [f"{self.manifest}: {counted(self.rows)} in {where}, looked at in {self.seconds:,.1f} s"]
+        where = pluralize(self.files, _FILES[self.format])
+        lines = [f"{self.manifest}: {pluralize(self.rows)} in {where}, looked at in {self.seconds:,.1f} s"]
         for name, text in (
             ("columns", self._columns()), ("ids", str(self.ids or "none")), ("prompts", str(self.prompts)),
             ("pictures", str(self.pictures)), ("repeats", str(self.sharing) if self.pictures.references else ""),
@@ -200,7 +200,7 @@ class Report(msgspec.Struct, frozen=True):
         if self.unreadable:
             return f"The manifest cannot be read to its end: {self.unreadable}"
         if self.failing:
-            return f"{counted(self.failing)} of {self.rows:,} would fail in a run."
+            return f"{pluralize(self.failing)} of {self.rows:,} would fail in a run."
         if self.exit_code:
             return "Every row can be asked, but for the errors above."
         fetched = "" if self.probe is not None or not self.pictures.references else "; --probe N fetches some pictures"
@@ -229,7 +229,7 @@ def _different(number: int, distinct: int) -> str:
     return "all different" if number == distinct else f"{distinct:,} different"
 
 
-def _spread(spread: Spread) -> str:
+def _spread(spread: Quantiles) -> str:
     if spread.least == spread.greatest:
         return f"{spread.least:,}"
     return f"{spread.least:,} to {spread.greatest:,}, median {spread.median:,}"

@@ -1,4 +1,4 @@
-"""Some rows of many: `Sample`, and how to read them again: `Only`."""
+"""Some rows of many: `Sample`, and how to read them again: `AllExcept`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Sample:
         return frozenset(self._taken)
 
 
-class Only:
+class AllExcept:
     """Holds every row but some: what is skipped when these alone are read.
 
-    >>> only = Only({5, 3, 9})
+    >>> only = AllExcept({5, 3, 9})
     >>> 3 in only, 4 in only, list(only.missing(range(8)))
     (False, True, [3, 5])
     """

@@ -11,14 +11,14 @@ from hashlib import blake2b
 import msgspec
 
 from ..errors import ManifestError
-from ..request import ImageRef, InlineImage, Request, Row, WebImage
-from ..window import together
+from ..images.grouping import group_by_images
+from ..types import ImageRef, InlineImage, Request, Row, WebImage
 from .checks import Checked, Checks
-from .digests import Counted, Digests, mixed
+from .duplicates import Counted, Digests, mix64
 from .problems import DUPLICATE_ID, MISSING_ID, NO_PICTURE, REPEATED_QUESTION, Problems
+from .quantiles import Histogram
 from .report import Ids, Pictures, Prompts, Sharing
-from .sample import Only, Sample
-from .spread import Histogram
+from .sample import AllExcept, Sample
 
 Chunks = Iterator[list[Row]]
 Labels = Mapping[int, int | str | None]
@@ -27,8 +27,8 @@ Labels = Mapping[int, int | str | None]
 class Survey:
     """Checks every row, and counts what the rows have in common; a context manager, for one pass.
 
-    look_ahead: as of a run, whose own `together` tells which rows share their pictures. sample: is offered the rows
-    that have pictures and would not fail. Memory does not grow with the rows; on disk each takes 64 bytes at most.
+    look_ahead: as of a run, whose own `group_by_images` tells which rows share their pictures. sample: is offered the
+    rows that have pictures and would not fail. Memory does not grow with the rows; on disk each takes 64 bytes at most.
     """
 
     def __init__(self, checks: Checks, look_ahead: int, sample: Sample) -> None:
@@ -51,7 +51,7 @@ class Survey:
 
     async def go(self, chunks: Chunks) -> None:
         """Takes the rows in. Raises ManifestError where they end too early; what came before is counted."""
-        async for group in together(self._each(chunks), self._look_ahead):
+        async for group in group_by_images(self._each(chunks), self._look_ahead):
             self._reads += bool(group[0].images)
 
     async def _each(self, chunks: Chunks) -> AsyncIterator[Row]:
@@ -66,7 +66,7 @@ class Survey:
         self.rows += 1
         if row.id is not None:
             self._labelled += 1
-            self._ids.add(mixed(row.id) if isinstance(row.id, int) else hash(row.id), row.number)
+            self._ids.add(mix64(row.id) if isinstance(row.id, int) else hash(row.id), row.number)
         elif row.failure is None:
             self.problems.add(MISSING_ID, row.number, None, "has none")
         if request is not None:
@@ -108,7 +108,7 @@ class Survey:
         asked: dict[int, bytes] = {}
         suspects = {number for pair in (*ids.pairs, *questions.pairs) for number in pair}
         try:
-            for row in (row for rows in (read(Only(suspects)) if suspects else ()) for row in rows):
+            for row in (row for rows in (read(AllExcept(suspects)) if suspects else ()) for row in rows):
                 labels[row.number] = row.id
                 if (request := self._checks.request(row)) is not None:
                     asked[row.number] = blake2b(msgspec.msgpack.encode(_question(row, request))).digest()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..run.running import wait_until
+from ..runner.running import wait_until
 from .ledger import Ledger
 from .life import ENDING, Life, Memory, held_by_anybody
 from .work import SCHEMA, Work

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchvl.output.disk import Disk
+from batchvl.storage.disk import Disk
 
 _Result = TypeVar("_Result")
 

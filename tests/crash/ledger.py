@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import batchvl
-from batchvl.output.record import decode, to_batch
+from batchvl.results.record import decode, to_batch
 
 _SEGMENT = re.compile(r"(journal|part)-(\d+)-(\d+)\.(?:log|parquet)")
 

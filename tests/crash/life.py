@@ -11,14 +11,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..run.running import PATIENCE, environment
+from ..runner.running import PATIENCE, environment
 
 KINDS = ("runner", "engine", "worker", "host", "guardian", "all")
 """What can be killed: the runner alone, what it started, or all at once, as with the node's memory or the node."""
 ENDING = ("runner", "all")
 """The kinds that end the run there and then."""
 
-_MODULES = {"host": "batchvl.images.host", "engine": "batchvl.engines.child", "guardian": "batchvl.engines.guardian"}
+_MODULES = {
+    "host": "batchvl.images.forkserver",
+    "engine": "batchvl.serving.engine_main",
+    "guardian": "batchvl.ipc.watchdog",
+}
 _SHARED = ("/dev/shm/", "/SYSV")
 _ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ..run.running import wait_until
+from ..runner.running import wait_until
 
 # As root a namespace of mounts; without, one of users around it, in which we are root.
 _WAYS = ((), ("--user", "--map-root-user"))

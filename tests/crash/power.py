@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from batchvl.output.disk import Disk
+from batchvl.storage.disk import Disk
 
 from .disks import Seam
 

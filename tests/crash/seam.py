@@ -4,7 +4,8 @@
 
 Runs as a process of its own, which has one thread and forks: a child for each attempt that is killed, and one for each
 look at what it left, so that hundreds of kills take seconds. POINTS: so many of all, drawn with SEED. Prints figures as
-JSON. The records, and the calls, are those of `Output` alone; `campaign.py` and the tests of faults kill whole runs.
+JSON. The records, and the calls, are those of `ResultStore` alone; `campaign.py` and the tests of faults kill whole
+runs.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchvl.errors import StoppedEarly
-from batchvl.output import Counts, Output, merge
-from batchvl.output.disk import Disk
-from batchvl.output.record import to_batch
+from batchvl.results import Counts, ResultStore, merge
+from batchvl.results.record import to_batch
+from batchvl.storage.disk import Disk
 
-from ..output.samples import GUARD, options, sample
+from ..results.samples import GUARD, options, sample
 from .disks import Killing, KillingNoLinks, NoLinks, Seam
 from .ledger import Ledger
 
@@ -56,7 +57,7 @@ def attempt(out: Path, disk: Disk, told: Callable[[Iterable[int]], None]) -> Non
             committed.set()
 
         small = options(commit_seconds=0.003, part_rows=PART_ROWS)
-        output = Output.open(out, GUARD, options=small, on_commit=on_commit, disk=disk)
+        output = ResultStore.open(out, GUARD, options=small, on_commit=on_commit, disk=disk)
         told(output.done)
         try:
             output.describe({"engine": "fake"})

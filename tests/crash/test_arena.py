@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import batchvl
-from batchvl.engines.fake_preparation import SIDE
+from batchvl.engines.fake import SIDE
 
 ROWS = 2_000
 EIGHT_BLOCKS = 2 * 8 * 64 * 1024  # of each of the two arenas, for encoded pictures and for tensors
@@ -57,12 +57,12 @@ def test_no_row_ever_sees_anothers_picture(tmp_path):
     def kill() -> None:
         engine_at = time.monotonic() + 1.5
         while not done.wait(0.1):
-            hosts = {c.pid for c in children("batchvl.images.host")}
-            workers = [c for c in children("batchvl.images.host") if c.ppid() in hosts]
+            hosts = {c.pid for c in children("batchvl.images.forkserver")}
+            workers = [c for c in children("batchvl.images.forkserver") if c.ppid() in hosts]
             if workers and rng.random() < 0.3:
                 rng.choice(workers).kill()
                 killed["worker"] += 1
-            engines = children("batchvl.engines.child")
+            engines = children("batchvl.serving.engine_main")
             if engines and time.monotonic() > engine_at:
                 engines[0].kill()
                 killed["engine"] += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ..run.running import wait_until
+from ..runner.running import wait_until
 from .ledger import Ledger
 from .life import Life
 from .work import SCHEMA, Work

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ..run.running import environment, wait_until
+from ..runner.running import environment, wait_until
 from .ledger import Ledger
 from .life import Life
 from .work import SCHEMA, Work

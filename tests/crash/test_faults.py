@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvl.errors import StoppedEarly
-from batchvl.output import Counts, Output, merge
+from batchvl.results import Counts, ResultStore, merge
 
-from ..output.samples import GUARD, options, sample
-from ..output.samples import fill as fill_output
-from ..run.running import wait_until
+from ..results.samples import GUARD, options, sample
+from ..results.samples import fill as fill_output
+from ..runner.running import wait_until
 from .disks import Failing, Seam
 from .ledger import Ledger
 from .life import Life
@@ -116,7 +116,7 @@ async def test_an_output_whose_disk_fails_at_any_call(code: int, once: bool, tmp
             await fill_output(out, records, part_rows=10, on_commit=told.add, disk=disk)
         except StoppedEarly as error:
             failures.append(str(error))
-        output = Output.open(out, GUARD, options=options(), disk=Seam())
+        output = ResultStore.open(out, GUARD, options=options(), disk=Seam())
         assert set(range(told.rows)) <= set(output.done)
         output.describe({})
         for row in set(range(15)) - set(output.done):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ..run.running import wait_until
+from ..runner.running import wait_until
 from .campaign import Campaign
 from .life import Life
 from .work import Work

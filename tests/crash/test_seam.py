@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..run.running import environment
+from ..runner.running import environment
 
 
 def kill(scratch: Path, *arguments: str) -> dict[str, int]:

@@ -15,11 +15,11 @@ import os
 import sys
 from typing import Any
 
+from batchvl.config.sources import resolve_options
 from batchvl.errors import BatchvlError
-from batchvl.job import Job
-from batchvl.jobfile import told
-from batchvl.output import Counts
-from batchvl.output.disk import Disk
+from batchvl.results import Counts
+from batchvl.runner.job import Job
+from batchvl.storage.disk import Disk
 
 from .disks import Seam, disk_of
 
@@ -36,7 +36,7 @@ def main() -> int:
     spec, manifest, options = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     disk: Disk = Disk() if "names" in spec else disk_of(spec)
     try:
-        job = Telling(*told(manifest, None, options), disk=disk)
+        job = Telling(*resolve_options(manifest, None, options), disk=disk)
         if "names" in spec:
             refuse_names(str(job.folder), spec["names"], spec["code"])
         summary = job.run()

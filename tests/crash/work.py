@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchvl.output.record import schema
+from batchvl.results.record import schema
 
 from ..manifest.writing import write
-from ..run.running import engine_options, picture, seen
+from ..runner.running import engine_options, picture, seen
 
 FAKE = {"delay": 0.02, "spread": 0.03, "rows": 16}
 SETTINGS: dict[str, Any] = {"image_workers": 2, "commit_seconds": 0.02, "part_rows": 40, "batch_size": 8}

@@ -300,7 +300,7 @@ def install(put: Callable[[Any, str, Any], None] = setattr, **behaviour: Any) ->
     import lmdeploy.pytorch.engine
     import lmdeploy.utils
 
-    from batchvl.engines import gpu
+    from batchvl.engines import cuda as gpu
 
     behaviour = behaviour or json.loads(os.environ.get(VARIABLE, "{}"))
     cores: list[Core] = []
@@ -322,7 +322,7 @@ def with_cpu_core(folder: Path, **behaviour: Any) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'batchvl.engines.child' in sys.orig_argv:\n"
+        "if 'batchvl.serving.engine_main' in sys.orig_argv:\n"
         "    from tests.engines import cpu_core\n"
         "    cpu_core.install()\n"
     )

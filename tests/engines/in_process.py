@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-from batchvl.engines.protocol import Engine, EngineInfo, EngineSpec
+from batchvl.engines.base import Engine, EngineInfo, EngineSpec
 from batchvl.engines.registry import factory
-from batchvl.images.arena import Arena
 from batchvl.images.preparation import Preparation, PreparationSpec
-from batchvl.request import Extent, Message, Part, Request, Response, Sampling, Tensor
+from batchvl.ipc.arena import Arena
+from batchvl.types import ContentPart, Extent, Message, Request, Response, Sampling, Tensor
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -26,7 +26,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def ask(text: str, *images: int) -> Message:
-    return Message("user", (*(Part(image=number) for number in images), Part(text)))
+    return Message("user", (*(ContentPart(image=number) for number in images), ContentPart(text)))
 
 
 def request(row: int, *turns: Message, **sampling: object) -> Request:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from batchvl.engines.protocol import EngineSpec
-from batchvl.options import LmdeployOptions, PromptOptions, SamplingOptions
-from batchvl.prompt import Prompter
-from batchvl.request import InlineImage, Request, Response, Row
+from batchvl.config.options import LmdeployOptions, PromptOptions, SamplingOptions
+from batchvl.engines.base import EngineSpec
+from batchvl.prompts.template import Prompter
+from batchvl.types import InlineImage, Request, Response, Row
 
 from . import cpu_core
 from .in_process import Line, picture, started

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 import pytest_asyncio
 
-from batchvl.request import Row
 from batchvl.shapes import MODEL
+from batchvl.types import Row
 from tests.engines.cpu_core import ROWS
 from tests.engines.lmdeploy_line import SOON, CoreLine, Rows, until, with_core
 

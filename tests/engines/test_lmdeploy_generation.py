@@ -9,8 +9,8 @@ import pytest
 import pytest_asyncio
 
 from batchvl.errors import EngineLost, OptionError, row_errors
-from batchvl.images.arena import Arena
-from batchvl.sampling import row_seed
+from batchvl.ipc.arena import Arena
+from batchvl.prompts.sampling import row_seed
 from batchvl.shapes import MODEL
 from tests.engines.in_process import picture
 from tests.engines.lmdeploy_line import CoreLine, spec, with_core
@@ -86,7 +86,7 @@ async def test_a_row_s_own_settings_win(line: CoreLine):
 
 
 async def test_each_row_draws_with_its_own_seed(line: CoreLine):
-    from batchvl.request import Row
+    from batchvl.types import Row
 
     rows = [line.request(Row(number, prompt=f"hello {number}"), temperature=1.0) for number in range(5)]
     line.core.asked.clear()
@@ -116,7 +116,7 @@ async def test_a_temperature_that_lmdeploy_does_not_take_is_the_row_s_failure(li
 
 async def test_a_temperature_that_lmdeploy_does_not_take_is_refused_for_a_run():
     from batchvl.engines.lmdeploy import LmdeployEngine
-    from batchvl.request import Sampling
+    from batchvl.types import Sampling
 
     with pytest.raises(OptionError, match="--temperature 3: LMDeploy takes 2 at most"):
         LmdeployEngine(spec(MODEL, sampling=Sampling(temperature=3)), Arena(1))
@@ -328,7 +328,7 @@ async def test_a_prompt_longer_than_the_context_is_told_with_both_lengths(line: 
 
 
 async def test_a_failure_among_many_rows_is_its_row_s_alone(line: CoreLine):
-    from batchvl.request import Row
+    from batchvl.types import Row
 
     line.core.behaviour["rules"] = {"bad": {"status": "INTERNAL_ENGINE_ERROR"}, "odd": {"raises": "by order"}}
     prompts = ["bad" if number % 7 == 3 else "odd" if number % 7 == 5 else f"good {number}" for number in range(40)]

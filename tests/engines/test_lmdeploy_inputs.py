@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from batchvl.images.arena import Arena
-from batchvl.request import Extent, Request, Tensor
+from batchvl.ipc.arena import Arena
+from batchvl.types import Extent, Request, Tensor
 
 pytestmark = pytest.mark.lmdeploy
 

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
+from batchvl.engines.base import EngineInfo
 from batchvl.engines.lmdeploy import LmdeployEngine
-from batchvl.engines.protocol import EngineInfo
 from batchvl.errors import EngineUnavailable, ModelError, OptionError, UsageError
-from batchvl.images.arena import Arena
+from batchvl.ipc.arena import Arena
 from batchvl.shapes import MODEL
 from tests.engines import cpu_core
 from tests.engines.in_process import picture
@@ -269,8 +269,7 @@ async def test_options_reach_the_engine():
 def test_turbomind_is_set_up_by_the_gpu_s_memory_unless_it_is_told():
     from transformers import Qwen2Config
 
-    from batchvl.engines.lmdeploy.config import engine_config
-    from batchvl.engines.lmdeploy.defaults import fill_in
+    from batchvl.engines.lmdeploy.engine_config import apply_memory_defaults, engine_config
 
     language = Qwen2Config(
         hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2
@@ -280,7 +279,7 @@ def test_turbomind_is_set_up_by_the_gpu_s_memory_unless_it_is_told():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lmdeploy.utils.get_max_batch_size", lambda _: 1024)
             found = engine_config(spec("model", flags={"backend": "turbomind"}, options=told), "turbomind")
-        fill_in(found, told, language, free)
+        apply_memory_defaults(found, told, language, free)
         return found.max_batch_size, found.max_prefill_token_num, found.enable_prefix_caching
 
     assert config(75 * 2**30) == (512, 65_536, True)

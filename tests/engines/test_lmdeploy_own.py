@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import pytest_asyncio
 
-from batchvl.images import arena
+from batchvl.ipc import arena
 from batchvl.shapes import MODEL
 from tests.engines.in_process import picture
 from tests.engines.lmdeploy_line import PREPARING, CoreLine, Rows, until, with_core

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from batchvl.images.layout import Layout
-from batchvl.request import InlineImage, Request, Row
+from batchvl.images.packing import ArenaPacker
 from batchvl.shapes import MODEL
+from batchvl.types import InlineImage, Request, Row
 from tests.engines.in_process import picture
 from tests.engines.lmdeploy_line import SOON, CoreLine, until, with_core
 
@@ -37,7 +37,7 @@ async def line(engine: CoreLine):
 
 async def together(line: CoreLine, prompts: Sequence[dict[str, object]], seed: int = 0) -> list[Request]:
     """Rows about one picture as an image worker prepares them: in one extent, and the picture once."""
-    layout, pictures = Layout(), [picture(56, 28, seed)]
+    layout, pictures = ArenaPacker(), [picture(56, 28, seed)]
     rows = [Row(seed * 100 + at, images=DRAWN, **fields) for at, fields in enumerate(prompts)]
     asked = list(map(line.request, rows))
     tensors = [layout.add(line.line.preparation.prepare(request, pictures)) for request in asked]

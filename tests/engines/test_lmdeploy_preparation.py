@@ -15,12 +15,12 @@ import pytest_asyncio
 import torch
 from PIL import Image
 
+from batchvl.config.options import ImageOptions
 from batchvl.images.decode import decode
-from batchvl.images.layout import Layout
-from batchvl.options import ImageOptions
-from batchvl.request import Image as Told
-from batchvl.request import InlineImage, Row
+from batchvl.images.packing import ArenaPacker
 from batchvl.shapes import MODEL
+from batchvl.types import Image as Told
+from batchvl.types import InlineImage, Row
 from tests.engines.in_process import ask, picture, request
 from tests.engines.lmdeploy_line import CoreLine, with_core
 from tests.tiny_models import internvl, internvl_classic, qwen2_5_vl
@@ -132,7 +132,7 @@ async def test_questions_about_the_same_pictures_share_their_pixels(both):
         found["0:float16" if "0:float16" in found else "0:float32"].tobytes() for found in alone
     ]
     assert [found["inputs"].tobytes() for found in together] == [found["inputs"].tobytes() for found in alone]
-    layout = Layout()
+    layout = ArenaPacker()
     placed = [layout.add(found) for found in together]
     assert len({tensors[1].offset for tensors in placed}) == 1
     assert len({tensors[0].offset for tensors in placed}) == 3

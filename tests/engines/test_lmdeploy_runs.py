@@ -173,7 +173,7 @@ def test_an_engine_in_all_kinds_of_trouble_is_replaced_and_every_row_is_answered
         [engine] = [
             child
             for child in psutil.Process(run.pid).children(recursive=True)
-            if "batchvl.engines.child" in child.cmdline()
+            if "batchvl.serving.engine_main" in child.cmdline()
         ]
         engine.send_signal(signal.SIGKILL)
         said, complaints = run.communicate(timeout=350)

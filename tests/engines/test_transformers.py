@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from batchvl.engines.transformers.processor import load_processor
-from batchvl.request import Failure, Message, Part, Request
+from batchvl.types import ContentPart, Failure, Message, Request
 from tests.engines.in_process import Line, ask, line, picture, request
 from tests.tiny_models import CONTEXT, FAMILIES
 
@@ -107,9 +107,9 @@ async def test_turns_equal_the_whole_conversation_asked_at_once(folders, name):
 
 async def test_history_and_system_message_are_part_of_the_prompt(internvl: Line):
     history = (
-        Message("system", (Part("be brief"),)),
+        Message("system", (ContentPart("be brief"),)),
         ask("hello", 0),
-        Message("assistant", (Part("a cat"),)),
+        Message("assistant", (ContentPart("a cat"),)),
         ask("sure?"),
     )
     plain = request(0, ask("hello", 0))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchvl.engines.transformers.conversation import Conversation, Vocabulary
+from batchvl.engines.transformers.conversation import Conversation, TokenDecoder
 from batchvl.engines.transformers.families import Tiles
 from batchvl.engines.transformers.generation import Generation
-from batchvl.request import Request, Sampling
+from batchvl.types import Request, Sampling
 from tests.tiny_models import make_tokenizer
 
 A = 32  # the token of the letter "A": printable characters are numbered from "!" on
@@ -46,7 +46,7 @@ def conversation(row: int, text: str, tokens: int = 3, turns: int = 1) -> Conver
         "input_ids.turns": torch.tensor([len(ids)] * turns, dtype=torch.int32),
     }
     asked = Request(row, (), ((),) * (turns - 1), Sampling(max_new_tokens=tokens))
-    return Conversation(asked, arrays, Vocabulary(tokenizer, {tokenizer.eos_token_id}))
+    return Conversation(asked, arrays, TokenDecoder(tokenizer, {tokenizer.eos_token_id}))
 
 
 def answer(model: Parrot, *rows: Conversation):

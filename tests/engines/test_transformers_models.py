@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
+from batchvl.config.options import ImageOptions
+from batchvl.engines.base import EngineSpec
 from batchvl.engines.checkpoint import find
-from batchvl.engines.gpu import wait_for_memory
-from batchvl.engines.protocol import EngineSpec
+from batchvl.engines.cuda import wait_for_memory
 from batchvl.engines.transformers import TransformersEngine
 from batchvl.engines.transformers.device import choose_device, choose_dtype
 from batchvl.engines.transformers.families import Patches, Splits, Tiles, recognise
 from batchvl.engines.transformers.preparation import ProcessorPreparation
 from batchvl.errors import EngineUnavailable, ModelError, OptionError, Unsupported
-from batchvl.images.arena import Arena
 from batchvl.images.decode import decode
-from batchvl.options import ImageOptions
+from batchvl.ipc.arena import Arena
 from tests.engines.in_process import ask, line, picture, request
 from tests.tiny_models import FAMILIES
 
@@ -319,7 +319,7 @@ def test_arrays_can_be_written_as_they_lie(folders):
 
 
 def test_memory_that_a_dead_process_held_is_waited_for(monkeypatch):
-    module = "batchvl.engines.gpu"
+    module = "batchvl.engines.cuda"
     free = iter([(1, 100), (1, 100), (50, 100)])
     naps = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(free))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchvl.engines.transformers.sampling import RowSampler, limited
-from batchvl.request import Sampling
+from batchvl.types import Sampling
 
 LOGITS = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5])
 

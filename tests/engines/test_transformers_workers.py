@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from batchvl.engines.protocol import EngineSpec
+from batchvl.config.options import ImageOptions
+from batchvl.engines.base import EngineSpec
 from batchvl.engines.transformers import TransformersEngine
-from batchvl.images.arena import Arena
 from batchvl.images.messages import Source
-from batchvl.images.workers import ImageWorkers
-from batchvl.lifeline import Lifeline
-from batchvl.options import ImageOptions
+from batchvl.images.worker_pool import ImageWorkers
+from batchvl.ipc.arena import Arena
+from batchvl.ipc.spawn import ParentPipe
 from tests.engines.in_process import ask, line, picture, request
 from tests.tiny_models import FAMILIES
 
@@ -37,7 +37,7 @@ async def test_workers_prepare_what_the_engine_reads(tmp_path, log, name):
     async with line(model) as started:
         expected = await started.ask(*((asked, pictures[asked.row : asked.row + 1]) for asked in requests))
 
-    encoded, prepared, lifeline = Arena(8, 4096), Arena(64), Lifeline()
+    encoded, prepared, lifeline = Arena(8, 4096), Arena(64), ParentPipe()
     spec = EngineSpec("transformers", str(model), device="cpu", dtype="float32", options={"threads": 1})
     engine = TransformersEngine(spec, prepared)
     preparation = await engine.resolve()

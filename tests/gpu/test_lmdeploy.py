@@ -30,7 +30,7 @@ from tests.gpu import checkpoints
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 SHAPES = Path("manifests/shapes.jsonl").resolve()
-BAD = {"missing_file", "corrupt_picture", "forbidden_address"}
+BAD = {"missing_file", "corrupt_image", "forbidden_address"}
 GOOD = [row for row in map(json.loads, SHAPES.read_text().splitlines()) if row["id"] not in BAD]
 SMALL = ("--engine-option", "max_batch_size=16", "--cache-max-entry-count", "0.1")
 # Without this LMDeploy wants the library ray for several GPUs.
@@ -97,7 +97,7 @@ class Run:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             children = psutil.Process(self.process.pid).children(recursive=True)
-            found = [child for child in children if "batchvl.engines.child" in child.cmdline()]
+            found = [child for child in children if "batchvl.serving.engine_main" in child.cmdline()]
             if len(found) >= count:
                 return found
             time.sleep(0.2)
@@ -321,7 +321,7 @@ def test_gpu_memory_that_others_take_in_mid_run_costs_no_row(tmp_path: Path, bac
 def test_memory_that_grows_has_the_engine_started_afresh(tmp_path: Path) -> None:
     """An engine may live for minutes however it grows, and grow by a quarter; here for no time, and by nothing."""
     manifest = questions(tmp_path / "m.jsonl", 6000)
-    soon = "import batchvl.engines.growth as g; g.LEAST_UP_SECONDS, g.LEAST_STARTS, g._LEAST_GAIN = 0.0, 0, 1.0"
+    soon = "import batchvl.serving.recycle as g; g.LEAST_UP_SECONDS, g.LEAST_STARTS, g._LEAST_GAIN = 0.0, 0, 1.0"
     options = ("--model", "shapes", "--engine-memory", "1MB", *SMALL)
     run = Run(tmp_path / "out", *options, manifest=manifest, before=soon).wait()
     assert run.code == 0

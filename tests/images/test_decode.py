@@ -20,23 +20,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from batchvl.config.options import ImageOptions
 from batchvl.errors import (
-    CorruptPicture,
-    EmptyPicture,
+    CorruptImage,
+    EmptyImage,
     ForbiddenPath,
     InvalidDataUri,
     MissingFile,
-    NotAPicture,
+    NotAnImage,
     PrepareError,
     PrepareFailed,
     TooManyBytes,
     TooManyPixels,
-    TruncatedPicture,
+    TruncatedImage,
 )
-from batchvl.images.datauri import decode_data_uri
 from batchvl.images.decode import FORMATS, decode
 from batchvl.images.files import check_beneath, open_beneath
-from batchvl.options import ImageOptions
+from batchvl.manifest.image_refs import decode_data_uri
 
 LIMITS = ImageOptions()
 WHITE, BLACK, RED, GREEN, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -242,7 +242,7 @@ def test_deeper_greys(mode: str, values: tuple[float, ...], seen: tuple[int, ...
 def test_values_without_end() -> None:
     image = Image.new("F", (2, 1))
     image.putdata((float("inf"), 0.0))
-    with pytest.raises(CorruptPicture, match="finite"):
+    with pytest.raises(CorruptImage, match="finite"):
         rgb(encoded(image, "TIFF"))
 
 
@@ -266,7 +266,7 @@ def test_of_animations_and_pages_the_first(format: str) -> None:
 def test_truncated(format: str, kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmdeploy's import leaves it
     data = encoded(picture(), format)
-    with pytest.raises(TruncatedPicture, match=r"^it: ends after [0-9,]+ bytes"):
+    with pytest.raises(TruncatedImage, match=r"^it: ends after [0-9,]+ bytes"):
         rgb(data[: int(len(data) * kept)])
 
 
@@ -277,7 +277,7 @@ def test_corrupt(format: str) -> None:
     data[middle] = bytes(len(data[middle]))
     with pytest.raises(PrepareError) as failed:
         rgb(bytes(data))
-    assert type(failed.value) in (CorruptPicture, TruncatedPicture)
+    assert type(failed.value) in (CorruptImage, TruncatedImage)
 
 
 @pytest.mark.parametrize(
@@ -301,13 +301,13 @@ def test_corrupt(format: str) -> None:
     ],
 )
 def test_not_a_picture(data: bytes, told: str) -> None:
-    with pytest.raises(NotAPicture, match=f"^it: found {told}.* want a picture"):
+    with pytest.raises(NotAnImage, match=f"^it: found {told}.* want a picture"):
         rgb(data)
 
 
 def test_formats_that_are_not_wanted() -> None:
     for format in ("ICO", "TGA", "PCX", "PDF"):
-        with pytest.raises(NotAPicture):
+        with pytest.raises(NotAnImage):
             rgb(encoded(picture(), format))
 
 
@@ -331,7 +331,7 @@ def test_only_our_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_wrong_bit_in_a_png() -> None:
     data = bytearray(encoded(picture()))
     data[data.index(b"IDAT") + 1000] ^= 1
-    with pytest.raises(CorruptPicture, match=r"IDAT.*checksum"):
+    with pytest.raises(CorruptImage, match=r"IDAT.*checksum"):
         rgb(bytes(data))
 
 
@@ -340,7 +340,7 @@ def test_bombs_in_metadata(kind: bytes) -> None:
     packed = zlib.compress(bytes(100 << 20), 1)
     head = {b"zTXt": b"k\0\0", b"iCCP": b"k\0\0", b"iTXt": b"k\0\1\0\0\0"}[kind]
     start = time.process_time()
-    with pytest.raises(CorruptPicture):
+    with pytest.raises(CorruptImage):
         rgb(png(1, 1, 8, 0, b"\0\0", chunk(kind, head + packed)))
     assert time.process_time() - start < 0.3
 
@@ -468,7 +468,7 @@ def test_files_that_are_none(folder: Path, path: str, told: str) -> None:
 def test_sizes_of_files(folder: Path) -> None:
     with pytest.raises(TooManyBytes, match="3 bytes, more than --max-image-bytes 2"):
         open_beneath("cat", [folder], 2)
-    with pytest.raises(EmptyPicture):
+    with pytest.raises(EmptyImage):
         open_beneath("empty", [folder], 2)
 
 
@@ -477,7 +477,7 @@ def test_no_descriptor_is_left_open(folder: Path) -> None:
     for path in ("cat", "empty", "pipe", "outside", "nothing"):
         try:
             open_beneath(path, [folder], 100)
-        except (EmptyPicture, MissingFile, ForbiddenPath):
+        except (EmptyImage, MissingFile, ForbiddenPath):
             pass
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -493,7 +493,7 @@ def test_files_are_checked_without_opening_them(folder: Path, path: str) -> None
     for look in (open_beneath, check_beneath):
         try:
             look(path, [folder], 5)
-        except (EmptyPicture, MissingFile, ForbiddenPath, TooManyBytes) as error:
+        except (EmptyImage, MissingFile, ForbiddenPath, TooManyBytes) as error:
             told.append((type(error), str(error)))
         else:
             told.append(None)

@@ -14,9 +14,10 @@ import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchvl.config.options import RunOptions
 from batchvl.errors import (
     ConnectionFailed,
-    EmptyPicture,
+    EmptyImage,
     FetchError,
     FetchTimeout,
     ForbiddenAddress,
@@ -30,10 +31,9 @@ from batchvl.errors import (
     TooManyRedirects,
     UnsupportedSource,
 )
-from batchvl.images.arena import Arena
 from batchvl.images.fetch import Fetched, Fetcher, source_label
-from batchvl.options import RunOptions
-from batchvl.request import FileImage, InlineImage, WebImage
+from batchvl.ipc.arena import Arena
+from batchvl.types import FileImage, InlineImage, WebImage
 from tests.faults.server import JUNK, FaultServer
 
 BLOCK = 4096
@@ -267,9 +267,9 @@ async def test_the_limit_holds_after_content_encoding(server: FaultServer) -> No
 
 
 async def test_empty_pictures(server: FaultServer) -> None:
-    assert type(await fails(server.url("/empty"))) is EmptyPicture
+    assert type(await fails(server.url("/empty"))) is EmptyImage
     async with fetching() as (fetcher, _):
-        with pytest.raises(EmptyPicture):
+        with pytest.raises(EmptyImage):
             await fetcher.fetch([InlineImage(b"", "inline")])
 
 

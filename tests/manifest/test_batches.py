@@ -11,7 +11,7 @@ import pytest
 
 from batchvl.errors import ManifestError
 from batchvl.manifest.batches import Batches
-from batchvl.manifest.jsontypes import JSON
+from batchvl.manifest.json_types import JSON
 
 from .writing import write, write_bytes
 

@@ -8,7 +8,7 @@ import pytest
 
 from batchvl.errors import ManifestError
 from batchvl.manifest.files import find, walk
-from batchvl.request import FileImage
+from batchvl.types import FileImage
 from tests.manifest.writing import numbers, opened, rows_of, write, write_bytes
 
 ROW = {"prompt": "What?", "image": "cat.jpg"}

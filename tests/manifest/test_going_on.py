@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batchvl.manifest import index, text
-from batchvl.output.done import Bitmap
-from batchvl.request import Row
+from batchvl.manifest import index
+from batchvl.manifest.readers import text
+from batchvl.results.rowset import RowSet
+from batchvl.types import Row
 from tests.manifest.test_streaming import FORMATS, big, bytes_read
 from tests.manifest.writing import numbers, opened, write
 
@@ -25,13 +26,13 @@ def _written_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "STEP", 100)
 
 
-def done_but(left: list[int], rows: int) -> Bitmap:
-    done = Bitmap.below(rows)
-    done -= Bitmap(left)
+def done_but(left: list[int], rows: int) -> RowSet:
+    done = RowSet.below(rows)
+    done -= RowSet(left)
     return done
 
 
-def left_of(path: Path, done: Bitmap, out: Path | None = None) -> list[Row]:
+def left_of(path: Path, done: RowSet, out: Path | None = None) -> list[Row]:
     return [row for rows in opened(path).rows(skip=done, index_folder=out) for row in rows]
 
 
@@ -50,7 +51,7 @@ def test_what_is_left(tmp_path: Path, name: str, indexed: bool) -> None:
         read_through(path, out)
     rows = left_of(path, done_but(LEFT, 2500), out)
     assert [(row.number, row.prompt) for row in rows] == [(number, f"a\nb {number}") for number in LEFT]
-    assert left_of(path, Bitmap.below(2500), out) == []
+    assert left_of(path, RowSet.below(2500), out) == []
 
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv"])
@@ -67,7 +68,7 @@ def test_what_is_done_is_not_read(tmp_path: Path, name: str) -> None:
     left = [7, 850, 851, 2350]
     rows = [row for rows in manifest.rows(skip=done_but(left, 2500), index_folder=out) for row in rows]
     assert [(row.number, row.prompt) for row in rows] == [(number, f"a\nb {number}") for number in left]
-    assert len(left_of(path, Bitmap())) == 700
+    assert len(left_of(path, RowSet())) == 700
 
 
 def test_the_index_grows_as_the_manifest_is_read(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_the_index_grows_as_the_manifest_is_read(tmp_path: Path) -> None:
     # The next run has it from there, and reads on to the end; the one after that knows how many rows there are.
     assert numbers(left_of(path, done_but([], 2300), out)) == list(range(2300, 5000))
     later = opened(path)
-    rows = later.rows(skip=Bitmap.below(4999), index_folder=out)
+    rows = later.rows(skip=RowSet.below(4999), index_folder=out)
     assert later.total == 5000
     assert numbers(next(rows)) == [4999]
 

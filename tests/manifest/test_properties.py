@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from batchvl.config.options import ManifestOptions, PromptOptions, SamplingOptions
+from batchvl.config.units import Shard
 from batchvl.errors import ManifestError, PromptError
 from batchvl.manifest import Manifest
-from batchvl.options import ManifestOptions, PromptOptions, SamplingOptions
-from batchvl.prompt import Prompter
-from batchvl.request import Row
-from batchvl.values import Shard
+from batchvl.prompts.template import Prompter
+from batchvl.types import Row
 from tests.manifest.writing import numbers
 
 odd = st.sampled_from(

@@ -14,7 +14,7 @@ import pytest
 
 from batchvl.manifest.columns import Columns
 from batchvl.manifest.rows import RowMaker
-from batchvl.request import FileImage, InlineImage, Row, WebImage
+from batchvl.types import FileImage, InlineImage, Row, WebImage
 from tests.manifest.writing import opened, rows_of, write, write_bytes
 
 ALL = Columns("id", "prompt", "messages", "images", "image", "generation", ("t",), ("k",))

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchvl.config.units import Shard
 from batchvl.errors import ManifestError
-from batchvl.manifest import index, stream
-from batchvl.manifest.reader import CHUNK_BYTES
-from batchvl.request import InlineImage
-from batchvl.values import Shard
+from batchvl.manifest import index
+from batchvl.manifest.readers import lines as stream
+from batchvl.manifest.readers.base import CHUNK_BYTES
+from batchvl.types import InlineImage
 from tests.manifest.writing import numbers, opened, rows_of, write, write_bytes
 
 FORMATS = ["m.parquet", "m.jsonl", "m.csv", "m.jsonl.gz", "m.csv.zst"]

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchvl.config.options import ManifestOptions, PromptOptions
+from batchvl.config.units import Shard
 from batchvl.manifest import Manifest
-from batchvl.options import ManifestOptions, PromptOptions
-from batchvl.request import Row
-from batchvl.values import Shard
+from batchvl.types import Row
 
 
 def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:

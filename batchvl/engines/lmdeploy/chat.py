@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ...errors import OptionError
-from ...request import Message
+from ...types import Message
 
 INTERNVL = {"InternVLChatModel", "InternVLForConditionalGeneration", "InternS1ForConditionalGeneration"}
 QWEN = {"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"}

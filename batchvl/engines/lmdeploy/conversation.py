@@ -7,30 +7,29 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ContextLengthExceeded, RowError, RowTimeout
-from ...images.arena import ArenaView
-from ...request import Failure, Message, Part, Request, Response
-from . import pictures
-from .answer import Answer
-from .entrance import Around, Ready
-from .failures import failure
+from ...ipc.arena import ArenaView
+from ...types import ContentPart, Failure, Message, Request, Response
+from . import raw_images as pictures
+from .failures import ended, failure
 from .inputs import PICTURES, is_packed, unpack
+from .precomputed import CompleteInputs, ImagesOnly
 from .sampling import Stops, settings
 
 if TYPE_CHECKING:
-    from .model import Loaded
+    from .model import LoadedModel
     from .prefix import Prefix
 
 PATIENCE = 2.0
 """Seconds that an aborted row has to end in order. LMDeploy's own abort does nothing for one that is not begun yet."""
 
 
-class Conversation:
+class ConversationTask:
     """A request's state; all of it lives on the loop of LMDeploy's pipeline.
 
     The pictures stay where they lie until the row is over, and every turn takes them from there.
     """
 
-    def __init__(self, request: Request, model: Loaded, arena: ArenaView) -> None:
+    def __init__(self, request: Request, model: LoadedModel, arena: ArenaView) -> None:
         self._request, self._model, self._arena = request, model, arena
         self._asked = list(request.messages)
         self._texts: list[str] = []
@@ -60,7 +59,10 @@ class Conversation:
         try:
             await self._turn()
             for message in self._request.followups:
-                self._asked += (Message("assistant", (Part(text=self._model.words.escaped(self._texts[-1])),)), message)
+                self._asked += (
+                    Message("assistant", (ContentPart(text=self._model.words.escaped(self._texts[-1])),)),
+                    message,
+                )
                 await self._turn()
         except RowError as error:
             return self._response(error)
@@ -142,11 +144,11 @@ class Conversation:
         found.gen_config.max_new_tokens = min(found.gen_config.max_new_tokens, left)
         return found
 
-    def _ready(self, prepared: dict[str, Any]) -> Ready | Around:
+    def _ready(self, prepared: dict[str, Any]) -> CompleteInputs | ImagesOnly:
         """What image workers have prepared of this turn."""
         if PICTURES not in prepared:
-            return Ready(prepared)
-        return Around(self._model.chat.messages(self._asked), prepared[PICTURES][: self._pictures()])
+            return CompleteInputs(prepared)
+        return ImagesOnly(self._model.chat.messages(self._asked), prepared[PICTURES][: self._pictures()])
 
     def _pictures(self) -> int:
         """How many have been shown up to this turn."""
@@ -177,3 +179,52 @@ class Conversation:
             self._output_tokens,
             Failure.of(error) if error else None,
         )
+
+
+_CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+class Answer:
+    """What LMDeploy has said so far. `stops` end it; `tokenizer` is LMDeploy's."""
+
+    def __init__(self, stops: Stops, tokenizer: Any) -> None:
+        self._stops, self._tokenizer = stops, tokenizer
+        self._text = ""
+        self._ids: list[int] = []
+        self._reason: str | None = None
+        self._withheld = self._stopped = False
+        self.tokens = 0
+        """Of the answer, without the one that ends it."""
+
+    def add(self, out: Any) -> bool:
+        """The next output, a GenOut; True at the one in which a stop text ends the answer, after which none counts."""
+        if self._stopped:
+            return False
+        self.tokens, self._reason = out.generate_token_len, out.finish_reason or self._reason
+        self._text += out.response
+        if out.token_ids:
+            self._ids += out.token_ids
+            self._withheld = not out.response
+        return self._stop()
+
+    def end(self) -> str:
+        """The whole text. Raises EngineFailed where it was not given in full."""
+        if self._withheld and not self._stopped:
+            # LMDeploy gives no text of an output whose last character is cut in two, and all of TurboMind's answer is
+            # one output.
+            whole = self._tokenizer.decode(self._ids, skip_special_tokens=True).rstrip(_CUT_CHARACTER)
+            self._text = max(self._text, whole, key=len)
+            self._stop()
+        if not self._stopped and self._reason not in ("stop", "length"):
+            raise ended(self._reason)
+        return self._text
+
+    @property
+    def cut(self) -> bool:
+        """Whether it ended because it may not be longer."""
+        return not self._stopped and self._reason == "length"
+
+    def _stop(self) -> bool:
+        if self._stops and (text := self._stops.cut(self._text)) is not None:
+            self._text, self._stopped = text, True
+        return self._stopped

@@ -12,16 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineLost, EngineUnavailable, OptionError
-from ...images.arena import ArenaView
 from ...images.preparation import PreparationSpec
-from ...request import Request, Response
-from ..protocol import EngineInfo, EngineSpec, unheard
-from .sampling import HOTTEST
-from .waits import Waits
+from ...ipc.arena import ArenaView
+from ...types import Request, Response
+from ..base import EngineInfo, EngineSpec, ignore
+from .idle import IdleMeter
+from .sampling import MAX_TEMPERATURE
 
 if TYPE_CHECKING:
-    from .conversation import Conversation
-    from .model import Loaded, Resolved
+    from .conversation import ConversationTask
+    from .model import LoadedModel, ResolvedModel
 
 PROBE_SECONDS = 1.0
 
@@ -33,21 +33,23 @@ class LmdeployEngine:
     stand still. Counts of tokens are of prompt and pictures, summed over the turns, and of the answers.
     """
 
-    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = unheard) -> None:
+    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = ignore) -> None:
         self._spec, self._arena, self._say = spec, arena, say
         if spec.dtype == "float32":
             raise OptionError("--dtype float32: LMDeploy computes in float16 or bfloat16")
-        if spec.sampling.temperature > HOTTEST:
-            raise OptionError(f"--temperature {spec.sampling.temperature:g}: LMDeploy takes {HOTTEST:g} at most")
+        if spec.sampling.temperature > MAX_TEMPERATURE:
+            raise OptionError(
+                f"--temperature {spec.sampling.temperature:g}: LMDeploy takes {MAX_TEMPERATURE:g} at most"
+            )
         _narrow(spec.device, spec.lmdeploy["tp"])
-        self._resolved: Resolved | None = None
-        self._model: Loaded | None = None
+        self._resolved: ResolvedModel | None = None
+        self._model: LoadedModel | None = None
         self._thread = ThreadPoolExecutor(1, "lmdeploy")
-        self._rows: dict[int, Conversation] = {}  # for the pipeline's loop
+        self._rows: dict[int, ConversationTask] = {}  # for the pipeline's loop
         self._tasks: set[asyncio.Task[None]] = set()  # likewise
         self._open: set[asyncio.Queue[Response | BaseException]] = set()
         self._watching: asyncio.Task[None] | None = None
-        self._waits: Waits | None = None
+        self._waits: IdleMeter | None = None
         self._looking: Future[None] | None = None
         self._ticks = 0
 
@@ -82,7 +84,7 @@ class LmdeployEngine:
         else:
             self._model = await loop.run_in_executor(self._thread, self._resolved.load)
         self._watching = loop.create_task(self._watch(self._model))
-        self._waits = Waits(self._model)
+        self._waits = IdleMeter(self._model)
         self._looking = asyncio.run_coroutine_threadsafe(self._waits.look(), self._model.loop)
         return self._model.info
 
@@ -124,27 +126,27 @@ class LmdeployEngine:
         self._thread.shutdown(wait=False)
         self._model = self._resolved = None
 
-    def _resolve(self) -> Resolved:
+    def _resolve(self) -> ResolvedModel:
         # LMDeploy's check of its surroundings takes a process with torch and GPU memory of its own, and keeps to itself
         # what it finds; what cannot work fails in loading as well, with a reason.
         os.environ.setdefault("LMDEPLOY_ENABLE_CHECK_ENV", "0")
         try:
-            from .model import Resolved
+            from .model import ResolvedModel
         except ImportError as error:
             raise EngineUnavailable(
                 f"the engine lmdeploy needs a library that is missing here ({error}): "
                 "pip install 'batchvl[lmdeploy]', or take another engine with --engine"
             ) from error
-        return Resolved(self._spec)
+        return ResolvedModel(self._spec)
 
     def _begin(self, requests: list[Request], emit: Callable[[Response | BaseException], None]) -> None:
         """On the pipeline's loop: each row of a list on its way."""
-        from .conversation import Conversation
+        from .conversation import ConversationTask
         from .prefix import compute_ahead
 
         assert self._model is not None
         try:
-            rows = {request.row: Conversation(request, self._model, self._arena) for request in requests}
+            rows = {request.row: ConversationTask(request, self._model, self._arena) for request in requests}
             if self._model.keeps_prefixes:
                 compute_ahead(rows.values(), self._model)
         except Exception as error:  # else nobody would ever hear of these rows
@@ -154,7 +156,9 @@ class LmdeployEngine:
         for number, row in rows.items():
             self._keep(self._answer(number, row, emit))
 
-    async def _answer(self, number: int, row: Conversation, emit: Callable[[Response | BaseException], None]) -> None:
+    async def _answer(
+        self, number: int, row: ConversationTask, emit: Callable[[Response | BaseException], None]
+    ) -> None:
         try:
             emit(await row.answer())
         except BaseException as error:  # of the engine, not of the row: that is a response
@@ -172,7 +176,7 @@ class LmdeployEngine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _watch(self, model: Loaded) -> None:
+    async def _watch(self, model: LoadedModel) -> None:
         """Looks every second whether LMDeploy's engine lives and gets on, and ends all open lists if not."""
         told = None
         while True:
@@ -193,7 +197,7 @@ class LmdeployEngine:
                 for answers in self._open:
                     answers.put_nowait(lost)
 
-    async def _probe(self, model: Loaded) -> tuple[int, dict[str, Any]]:
+    async def _probe(self, model: LoadedModel) -> tuple[int, dict[str, Any]]:
         async def ask() -> tuple[int, dict[str, Any]]:
             metrics = await model.engine.get_schedule_metrics()
             return metrics.scheduler_tick, await model.engine.health_probe(self._spec.hang_timeout)

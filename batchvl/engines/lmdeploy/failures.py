@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import (
     ContextLengthExceeded,
-    EngineFailed,
+    EngineError,
     EngineLost,
     InferError,
     PrepareFailed,
@@ -19,11 +19,11 @@ FAILURES: dict[str, type[RowError]] = {
     "context_length_exceeded": ContextLengthExceeded,
     "unsupported_feature": Unsupported,
     "preprocess_failed": PrepareFailed,
-    "request_conflict": EngineFailed,
-    "request_cancelled": EngineFailed,
-    "internal_error": EngineFailed,
-    "unauthorized": EngineFailed,  # this one and the next are of its server alone
-    "model_not_found": EngineFailed,
+    "request_conflict": EngineError,
+    "request_cancelled": EngineError,
+    "internal_error": EngineError,
+    "unauthorized": EngineError,  # this one and the next are of its server alone
+    "model_not_found": EngineError,
 }
 """By `ErrorCode` of lmdeploy.serve.core. What is missing here, `engine_unavailable`, is no row's failure."""
 
@@ -36,9 +36,9 @@ def failure(code: str, message: str, cause: BaseException | None) -> RowError:
     said = message if cause is None else f"{message} ({type(cause).__name__}: {first_line(cause)})"
     if code == "engine_unavailable":
         raise EngineLost(f"LMDeploy's engine is gone: {said}")
-    return FAILURES.get(code, EngineFailed)(f"LMDeploy, {code}: {said}")
+    return FAILURES.get(code, EngineError)(f"LMDeploy, {code}: {said}")
 
 
 def ended(reason: str | None) -> InferError:
     """The failure of an answer that ended as none does that was given in full: "abort", "error" or for no reason."""
-    return EngineFailed(f"LMDeploy ended the answer early ({reason or 'it gives no reason'})")
+    return EngineError(f"LMDeploy ended the answer early ({reason or 'it gives no reason'})")

@@ -12,8 +12,8 @@ import torch
 from lmdeploy.vl.constants import Modality
 from msgspec.msgpack import Ext, decode, encode
 
-from ...images.arena import ArenaView
-from ...request import Request, Tensor
+from ...ipc.arena import ArenaView
+from ...types import Request, Tensor
 
 NAME = "inputs"
 """The array that holds all but the tensors, as msgpack. Behind it are the tensors, in the order of their numbers."""

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lmdeploy
 import torch
-from lmdeploy.archs import check_vl_llm
+from lmdeploy.archs import check_vl_llm, get_model_arch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ...errors import EngineUnavailable, ModelError, OptionError, UsageError
+from ...hardware.limits import memory
 from ...images.preparation import PreparationSpec
-from ...resources import memory
-from .. import gpu
-from ..checkpoint import find, first_line
-from ..protocol import EngineInfo, EngineSpec
+from .. import cuda as gpu
+from ..base import EngineInfo, EngineSpec
+from ..checkpoint import Checkpoint, find, first_line
 from .chat import Chat, limit_tiles, picture_settings
-from .config import choose_backend, engine_config, text_config
-from .configuration import configuration
-from .defaults import fill_in
-from .entrance import Entrance
-from .pixels import pixel_type, prepared_elsewhere, vision_type
-from .room import Room
+from .dtypes import pixel_type, prepared_elsewhere, vision_type
+from .engine_config import apply_memory_defaults, choose_backend, engine_config, text_config
+from .precomputed import PrecomputedPromptProcessor
+from .sampling import TokenizerInfo
+from .streaming import disable_streaming
 from .template import Template
-from .vocabulary import Vocabulary
-from .whole import answers_whole
+from .tile_budget import TileBudget
 
 SERIES = "0.18."
 """The LMDeploy that all here was read and measured with."""
@@ -39,22 +40,22 @@ PREPARING = 8
 """Rows whose pictures are being made tiles of: LMDeploy does that one by one, and the rest wait as they came."""
 
 
-class Loaded:
+class LoadedModel:
     """A pipeline that answers. `preparing`, `room` and `steps` are for its own loop."""
 
-    def __init__(self, pipe: Any, info: EngineInfo, chat: Chat, words: Vocabulary) -> None:
+    def __init__(self, pipe: Any, info: EngineInfo, chat: Chat, words: TokenizerInfo) -> None:
         self.pipe, self.info, self.chat, self.words = pipe, info, chat, words
         self.engine, self.sessions, self.loop = pipe.async_engine, pipe.session_mgr, pipe.internal_thread.loop
         self.stop_ids: list[int] = self.engine.stop_words or []
         self.keeps_prefixes = self.engine.backend == "turbomind" and self.engine.backend_config.enable_prefix_caching
-        self.engine.prompt_processor = Entrance(self.engine.prompt_processor)
-        answers_whole(self.sessions)
+        self.engine.prompt_processor = PrecomputedPromptProcessor(self.engine.prompt_processor)
+        disable_streaming(self.sessions)
         self.preparing = asyncio.Semaphore(PREPARING)
-        self.room = Room(max(memory() // 8, 2**30))
+        self.room = TileBudget(max(memory() // 8, 2**30))
         self.steps = 0
 
 
-class Resolved:
+class ResolvedModel:
     """A model's files, its template, and which of LMDeploy's engines is going to run it; its weights are not loaded.
 
     Raises a UsageError for a model that is not found or not served, a GPU or a library that is missing, and settings
@@ -94,7 +95,7 @@ class Resolved:
         self._note(self._template.note)
         self._chat = Chat(architecture, picture_settings(architecture, spec.max_tiles))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        self._words = Vocabulary(tokenizer, int(text_config(self._hf_config).vocab_size))
+        self._words = TokenizerInfo(tokenizer, int(text_config(self._hf_config).vocab_size))
         self._pixels = pixel_type(self._hf_config, self.config) if self._known else None
         self.preparation_spec = self._preparation()
 
@@ -109,7 +110,7 @@ class Resolved:
         architecture = self._hf_config.architectures[0]
         if not (self._known and prepared_elsewhere(self._hf_config, self._backend)):
             self._note(f"LMDeploy prepares the pictures for {architecture} itself, one by one: the GPU may wait for it")
-            return PreparationSpec("batchvl.engines.lmdeploy.pictures:Pictures", special_tokens=special)
+            return PreparationSpec("batchvl.engines.lmdeploy.raw_images:Pictures", special_tokens=special)
         options = {
             "model": self._checkpoint.path,
             "architecture": architecture,
@@ -128,21 +129,21 @@ class Resolved:
         gpu.wait_for_memory(0, weights, say)
         if self._backend == "turbomind":
             free = gpu.memory()[0] - weights
-            fill_in(self.config, self._spec.options, text_config(self._hf_config), free)
+            apply_memory_defaults(self.config, self._spec.options, text_config(self._hf_config), free)
         self._before = self._memory(weights)
         # Into the log, for the last words: TurboMind ends the process where memory is too little.
         print(self._before, file=sys.stderr, flush=True)
         if gpu.memory()[0] < weights and self._hf_config.dtype in (torch.float16, torch.bfloat16):
             raise EngineUnavailable(f"{self._spec.model}: its weights do not fit\n{self._before}{self._advice()}")
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedModel:
         """Loads the weights, once there is room for them, and asks for one token about a blank picture, so that what
         cannot work fails here.
 
         Raises EngineUnavailable where they do not fit or something is missing, ModelError where LMDeploy fails over
         the model.
         """
-        with _Complaints() as complaints:
+        with ErrorLogCapture() as complaints:
             try:
                 pipe = lmdeploy.pipeline(
                     self._checkpoint.path,
@@ -161,7 +162,7 @@ class Resolved:
         backend = pipe.async_engine.backend
         if backend != self._backend:
             raise EngineUnavailable(f"LMDeploy runs its engine {backend} although {self._backend} was asked for")
-        return Loaded(pipe, self._info(pipe), self._chat, self._words)
+        return LoadedModel(pipe, self._info(pipe), self._chat, self._words)
 
     def _info(self, pipe: Any) -> EngineInfo:
         engine = pipe.async_engine
@@ -202,7 +203,7 @@ class Resolved:
                 f"prepared as {self._pixels}: name one type for all of the model with --dtype"
             )
 
-    def _refusal(self, error: BaseException, complaints: _Complaints) -> UsageError:
+    def _refusal(self, error: BaseException, complaints: ErrorLogCapture) -> UsageError:
         said = str(complaints) or f"{type(error).__name__}: {first_line(error)}"
         where = f"{self._spec.model}: LMDeploy ({self._backend})"
         if "out of memory" in f"{error} {complaints}".lower():
@@ -237,14 +238,14 @@ class Resolved:
             self._notes.append(text)
 
 
-class _Complaints(logging.Handler):
+class ErrorLogCapture(logging.Handler):
     """The last errors that LMDeploy wrote to its log while it started: its exceptions often say less."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self._lines: deque[str] = deque(maxlen=3)
 
-    def __enter__(self) -> _Complaints:
+    def __enter__(self) -> ErrorLogCapture:
         logging.getLogger("lmdeploy").addHandler(self)
         return self
 
@@ -256,3 +257,39 @@ class _Complaints(logging.Handler):
 
     def __str__(self) -> str:
         return "; ".join(self._lines)
+
+
+def configuration(checkpoint: Checkpoint, model: str, trust_remote_code: bool) -> Any:
+    """The model's configuration as LMDeploy reads it. Raises ModelError."""
+    try:
+        raw = json.loads((Path(checkpoint.path) / "config.json").read_text())
+    except ValueError as error:
+        raise ModelError(f"{model}: config.json cannot be read: {first_line(error)}") from None
+    kind, remote = raw.get("model_type"), raw.get("auto_map", {})
+    if remote and kind not in CONFIG_MAPPING_NAMES:
+        if not trust_remote_code:
+            raise ModelError(
+                f"{model}: models of type {kind!r} come with Python code of their own, which would run here: "
+                "read it, then give --trust-remote-code, or take a model that needs none, such as InternVL's `-hf` ones"
+            )
+        if missing := _missing_code(checkpoint, remote):
+            raise ModelError(
+                f"{model}: {', '.join(missing)} is missing in {checkpoint.path}, and config.json names it: copy the "
+                "Python files of the model it was made from"
+            )
+    try:
+        if remote and kind not in CONFIG_MAPPING_NAMES:
+            AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)  # LMDeploy keeps its error to itself
+        _, config = get_model_arch(checkpoint.path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{model}: config.json cannot be read: {first_line(error)}") from error
+    if not config.architectures:
+        raise ModelError(f"{model}: config.json names no architecture")
+    return config
+
+
+def _missing_code(checkpoint: Checkpoint, remote: dict[str, Any]) -> list[str]:
+    """Python files that a configuration needs and the folder lacks."""
+    named = [str(remote.get(kind) or "") for kind in ("AutoConfig",)]
+    files = [f"{name.split('.')[0]}.py" for name in named if name and "--" not in name]
+    return [file for file in files if not (Path(checkpoint.path) / file).is_file()]

@@ -14,16 +14,16 @@ from collections.abc import Iterable, Mapping
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
-from .entrance import Ready
+from .precomputed import CompleteInputs
 
 if TYPE_CHECKING:
-    from .conversation import Conversation
-    from .model import Loaded
+    from .conversation import ConversationTask
+    from .model import LoadedModel
 
 
-def compute_ahead(rows: Iterable[Conversation], model: Loaded) -> None:
+def compute_ahead(rows: Iterable[ConversationTask], model: LoadedModel) -> None:
     """Has LMDeploy begin with what rows of a list have in common, before any of them is begun."""
-    groups: defaultdict[tuple[int, int] | None, list[tuple[Conversation, dict[str, Any]]]] = defaultdict(list)
+    groups: defaultdict[tuple[int, int] | None, list[tuple[ConversationTask, dict[str, Any]]]] = defaultdict(list)
     for row in rows:
         if row.inputs is not None:
             groups[row.pictures_at].append((row, row.inputs))
@@ -60,7 +60,7 @@ class Prefix:
     It reads the pictures where they lie: the rows behind it let go of them once it is `over`.
     """
 
-    def __init__(self, inputs: dict[str, Any], model: Loaded) -> None:
+    def __init__(self, inputs: dict[str, Any], model: LoadedModel) -> None:
         self._model, self._session = model, model.sessions.get()
         self._task = asyncio.get_running_loop().create_task(self._compute(inputs))
 
@@ -81,7 +81,7 @@ class Prefix:
         try:
             with suppress(Exception):  # what fails here fails for its rows as well, which tell it
                 one = GenerationConfig(max_new_tokens=1, do_sample=False)
-                asked = await model.engine.preprocess(Ready(inputs), self._session, gen_config=one)
+                asked = await model.engine.preprocess(CompleteInputs(inputs), self._session, gen_config=one)
                 async with aclosing(model.engine.generate(asked, stream_response=False)) as outputs:
                     async for _ in outputs:
                         model.steps += 1

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from ...request import Image, Message, Part, Request
-from . import pictures as plain
+from ...types import ContentPart, Image, Message, Request
+from . import raw_images as plain
 from .chat import Chat, limit_tiles, picture_settings
-from .entrance import around
 from .inputs import PICTURES, pack
+from .precomputed import around
 from .processor import Processor, now
-from .scaling import used
+from .scaling import resized_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -79,11 +79,11 @@ class Preparation:
 
     def used(self, width: int, height: int) -> tuple[int, int] | None:
         """See `Scaling`. None for a model of neither InternVL's nor Qwen2-VL's kind."""
-        return used(self._architecture, self._encoder.model, self._settings, width, height)
+        return resized_size(self._architecture, self._encoder.model, self._settings, width, height)
 
     def _make(self, pictures: Sequence[Picture], images: Sequence[Image]) -> list[dict[str, Any]]:
         """What LMDeploy makes of each picture."""
-        shown = Message("user", tuple(Part(image=number) for number in range(len(pictures))))
+        shown = Message("user", tuple(ContentPart(image=number) for number in range(len(pictures))))
         messages = self._chat.messages([shown], pictures.__getitem__)
         parsed = now(self._processor.async_parse_multimodal_item(messages))
         made: list[dict[str, Any]] = now(self._encoder.preprocess(parsed))[-1]["content"]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from ...errors import Unsupported
-from ...request import Sampling
-from .vocabulary import Vocabulary
+from ...prompts.template import breakable, either
+from ...types import Sampling
 
-HOTTEST = 2.0
+MAX_TEMPERATURE = 2.0
 """LMDeploy takes no higher temperature."""
 
 
-def settings(sampling: Sampling, stop_ids: Iterable[int], words: Vocabulary) -> dict[str, Any]:
+def settings(sampling: Sampling, stop_ids: Iterable[int], words: TokenizerInfo) -> dict[str, Any]:
     """The fields of LMDeploy's GenerationConfig. Raises Unsupported.
 
     Without do_sample LMDeploy takes greedy for greedy and forgets the repetition penalty: an answer with one is drawn
@@ -22,8 +23,8 @@ def settings(sampling: Sampling, stop_ids: Iterable[int], words: Vocabulary) -> 
 
     stop_ids: the chat template's own, which a row's must not replace.
     """
-    if sampling.temperature > HOTTEST:
-        raise Unsupported(f"temperature {sampling.temperature:g}: LMDeploy takes {HOTTEST:g} at most")
+    if sampling.temperature > MAX_TEMPERATURE:
+        raise Unsupported(f"temperature {sampling.temperature:g}: LMDeploy takes {MAX_TEMPERATURE:g} at most")
     fields: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "random_seed": sampling.seed}
     if ids := sorted({*stop_ids, *(words.special[text] for text in sampling.stop if text in words.special)}):
         fields["stop_token_ids"] = ids
@@ -61,3 +62,24 @@ class Stops:
         self._seen = len(text)
         found = [at for stop in self._texts if (at := text.find(stop, start)) >= 0]
         return text[: min(found)] if found else None
+
+
+MARKS = ("<img>", "</img>", "<IMG_CONTEXT>", "<image>")
+"""What stands for a picture in a prompt, where tokenizers do not call it special."""
+
+
+class TokenizerInfo:
+    """Control tokens, by their text, and how many tokens there are."""
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        known = tokenizer.get_vocab()
+        found = dict.fromkeys([*added, *tokenizer.all_special_tokens, *(mark for mark in MARKS if mark in known)])
+        self.special: dict[str, int] = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in found}
+        """The strings that the tokenizer reads as control tokens wherever they stand in a text, and their numbers."""
+        self.size = size
+        self._special = re.compile(either(breakable(found)) or r"(?!)")
+
+    def escaped(self, text: str) -> str:
+        """An answer as a part of the next prompt: what spells a control token in it becomes none."""
+        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)

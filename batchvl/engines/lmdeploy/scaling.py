@@ -11,7 +11,7 @@ from .. import scaling
 from .chat import INTERNVL, QWEN
 
 
-def used(
+def resized_size(
     architecture: str, model: Any, settings: Mapping[str, int], width: int, height: int
 ) -> tuple[int, int] | None:  # fmt: skip
     """Width and height that LMDeploy's `model` makes of a picture, before it cuts it into tiles; None if not known.
@@ -21,7 +21,7 @@ def used(
     if architecture == "InternVLChatModel":
         return _dynamic(model, settings, width, height)
     if architecture in INTERNVL | QWEN:
-        return scaling.used(model.processor.image_processor, {}, width, height)
+        return scaling.resized_size(model.processor.image_processor, {}, width, height)
     return None
 
 

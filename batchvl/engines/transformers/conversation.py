@@ -9,8 +9,8 @@ import numpy
 import torch
 
 from ...errors import ContextLengthExceeded, InferError
-from ...images.arena import ArenaView
-from ...request import Failure, Request, Response
+from ...ipc.arena import ArenaView
+from ...types import Failure, Request, Response
 from .device import DTYPES
 from .families import TOKEN_KEYS
 from .preparation import COUNTS
@@ -30,7 +30,7 @@ def read_arrays(request: Request, arena: ArenaView) -> dict[str, torch.Tensor]:
     return arrays
 
 
-class Vocabulary:
+class TokenDecoder:
     """What of the tokenizer the engine needs: decoding, and which tokens are control tokens or end an answer.
 
     ends: the model's own end tokens.
@@ -61,7 +61,7 @@ class Conversation:
     stop string cut it, as the tokens of what is left.
     """
 
-    def __init__(self, request: Request, arrays: Mapping[str, torch.Tensor], words: Vocabulary) -> None:
+    def __init__(self, request: Request, arrays: Mapping[str, torch.Tensor], words: TokenDecoder) -> None:
         self.request, self.turn = request, 0
         self.texts: list[str] = []
         self.failure: Failure | None = None

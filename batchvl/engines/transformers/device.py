@@ -7,7 +7,7 @@ import re
 import torch
 
 from ...errors import EngineUnavailable, OptionError
-from ...resources import cpus
+from ...hardware.limits import cpus
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

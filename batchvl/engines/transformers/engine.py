@@ -11,15 +11,14 @@ import msgspec
 from msgspec import Meta
 
 from ...errors import EngineUnavailable, OptionError, RowTimeout
-from ...images.arena import ArenaView
 from ...images.preparation import PreparationSpec
-from ...request import Failure, Request, Response
-from ..protocol import EngineInfo, EngineSpec, unheard
-from ..stopwatch import Stopwatch
+from ...ipc.arena import ArenaView
+from ...types import Failure, Request, Response
+from ..base import EngineInfo, EngineSpec, Stopwatch, ignore
 
 if TYPE_CHECKING:
     from .conversation import Conversation
-    from .loading import Loaded, Resolved
+    from .loading import LoadedModel, ResolvedModel
 
 Emit = Callable[[Response], None]
 
@@ -44,15 +43,15 @@ class TransformersEngine:
     bfloat16 and float16, where rounding shows; which token is drawn for given logits does not.
     """
 
-    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = unheard) -> None:
+    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = ignore) -> None:
         self._spec, self._arena, self._say = spec, arena, say
         try:
             self._options = msgspec.convert(spec.options, TransformersOptions, strict=False)
         except msgspec.ValidationError as error:
             known = ", ".join(TransformersOptions.__struct_fields__)
             raise OptionError(f"--engine-option of the engine 'transformers': {error} (it knows {known})") from None
-        self._resolved: Resolved | None = None
-        self._loaded: Loaded | None = None
+        self._resolved: ResolvedModel | None = None
+        self._loaded: LoadedModel | None = None
         self._thread = ThreadPoolExecutor(1, "transformers")
         self._waiting: dict[int, tuple[Request, Emit]] = {}  # handed in and not begun; who pops one answers for it
         self._running: set[int] = set()
@@ -132,15 +131,15 @@ class TransformersEngine:
         await asyncio.to_thread(self._thread.shutdown)
         self._loaded = self._resolved = None
 
-    def _resolve(self) -> Resolved:
+    def _resolve(self) -> ResolvedModel:
         try:
-            from .loading import Resolved
+            from .loading import ResolvedModel
         except ImportError as error:
             raise EngineUnavailable(
                 f"the engine 'transformers' needs a library that is missing here ({error}): "
                 "pip install 'batchvl[transformers]', or take another engine with --engine"
             ) from error
-        return Resolved(self._spec)
+        return ResolvedModel(self._spec)
 
     def _answer(self, requests: Sequence[Request]) -> None:
         """Batch after batch of what lies ready, until these requests are among what was answered."""

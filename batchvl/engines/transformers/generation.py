@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ...errors import EngineFailed, EngineLost, InferError, RowTimeout
+from ...errors import EngineError, EngineLost, InferError, RowTimeout
 from .conversation import Conversation
 from .families import Family
 from .sampling import RowSampler
@@ -53,7 +53,7 @@ class Generation:
             if not left:
                 continue
             if len(group) == 1:
-                left[0].fail(EngineFailed(f"the model failed over this row: {error}"))
+                left[0].fail(EngineError(f"the model failed over this row: {error}"))
                 done(left[0])
             else:
                 half = (len(left) + 1) // 2

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ...errors import EngineUnavailable, ModelError
 from ...images.preparation import PreparationSpec
-from ...request import Message, Part, Request, Sampling
-from ..checkpoint import find
-from ..gpu import wait_for_memory
-from ..protocol import EngineInfo, EngineSpec
-from .configuration import configuration, context_length
-from .conversation import Conversation, Vocabulary
+from ...types import ContentPart, Message, Request, Sampling
+from ..base import EngineInfo, EngineSpec
+from ..checkpoint import Checkpoint, find, first_line
+from ..cuda import wait_for_memory
+from .conversation import Conversation, TokenDecoder
 from .device import DTYPES, choose_device, choose_dtype, default_threads, describe
 from .generation import Generation
 from .preparation import ProcessorPreparation
@@ -28,15 +31,15 @@ CPU_BATCH, GPU_BATCH = 16, 32
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model that answers."""
 
     info: EngineInfo
     generation: Generation
-    words: Vocabulary
+    words: TokenDecoder
 
 
-class Resolved:
+class ResolvedModel:
     """A model's files, its processor, and where it is going to run; its weights are not loaded.
 
     Raises a UsageError for a model that is not found or not served, and a device that is not there.
@@ -64,7 +67,7 @@ class Resolved:
             special_tokens=self._preparation.special_tokens(),
         )
 
-    def load(self, say: Callable[[str], None], threads: int | None = None, attention: str | None = None) -> Loaded:
+    def load(self, say: Callable[[str], None], threads: int | None = None, attention: str | None = None) -> LoadedModel:
         """Loads the weights, sets the threads that a CPU computes with, and asks for one token.
 
         say: told where the GPU's memory is waited for.
@@ -76,7 +79,7 @@ class Resolved:
             wait_for_memory(self._device.index, self._checkpoint.weight_bytes, say)
         model = self._weights(attention)
         tokenizer = self._preparation.processor.tokenizer
-        words = Vocabulary(tokenizer, _end_tokens(model, tokenizer))
+        words = TokenDecoder(tokenizer, _end_tokens(model, tokenizer))
         context = context_length(self._config)
         generation = Generation(model, self._preparation.family, context, words.padding)
         self._try(generation, words)
@@ -93,7 +96,7 @@ class Resolved:
             batch_size=size,
             rows=2 * size,  # while a batch is computed, the next lies ready
         )
-        return Loaded(info, generation, words)
+        return LoadedModel(info, generation, words)
 
     def _weights(self, attention: str | None) -> Any:
         try:
@@ -109,8 +112,8 @@ class Resolved:
         except Exception as error:
             raise ModelError(f"{self._spec.model}: cannot be loaded: {type(error).__name__}: {error}") from error
 
-    def _try(self, generation: Generation, words: Vocabulary) -> None:
-        ask = Message("user", (Part(image=0), Part(text="?")))
+    def _try(self, generation: Generation, words: TokenDecoder) -> None:
+        ask = Message("user", (ContentPart(image=0), ContentPart(text="?")))
         request = Request(-1, (ask,), sampling=Sampling(max_new_tokens=1))
         arrays = {
             name.removesuffix(":bfloat16"): torch.from_numpy(array).view(DTYPES["bfloat16"])
@@ -144,3 +147,35 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
         found = getattr(source, "eos_token_id", None)
         ends.update(found if isinstance(found, list | tuple) else [] if found is None else [found])
     return ends
+
+
+def configuration(checkpoint: Checkpoint, model: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's configuration, once it is clear that transformers can serve it. Raises ModelError."""
+    raw = json.loads((Path(checkpoint.path) / "config.json").read_text())
+    kind, remote = raw.get("model_type"), raw.get("auto_map", {})
+    if kind == "internvl_chat" or "InternVLChatModel" in raw.get("architectures", []):
+        raise ModelError(
+            f"{model}: an InternVLChatModel is not served by transformers: take the model's `-hf` conversion "
+            "(such as OpenGVLab/InternVL3-1B-hf) or another engine (--engine lmdeploy)"
+        )
+    if kind not in CONFIG_MAPPING_NAMES and not remote:
+        raise ModelError(f"{model}: this version of transformers does not know models of type {kind!r}")
+    if kind not in CONFIG_MAPPING_NAMES and not trust_remote_code:
+        raise ModelError(
+            f"{model}: models of type {kind!r} come with Python code of their own, which would run here: "
+            "read it, then give --trust-remote-code"
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{model}: config.json cannot be read: {first_line(error)}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and "AutoModelForImageTextToText" not in remote:
+        architectures = ", ".join(raw.get("architectures") or [str(kind)])
+        raise ModelError(f"{model}: {architectures} does not answer questions about pictures (no image-text-to-text)")
+    return config
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that the model's language half has positions for; None where it does not say."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length

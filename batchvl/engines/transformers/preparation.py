@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from ...errors import ModelError, Unsupported
-from ...request import Image, Message, Part, Request
+from ...types import ContentPart, Image, Message, Request
 from .. import scaling
 from .device import DTYPES
 from .families import TOKEN_KEYS, recognise
@@ -43,7 +43,7 @@ class ProcessorPreparation:
         self._dtype = DTYPES[dtype]
         self._image_token = image_token_id(self.processor)
         try:
-            probe = render(self.processor, [Message("user", (Part(image=0), Part(text="?")))])
+            probe = render(self.processor, [Message("user", (ContentPart(image=0), ContentPart(text="?")))])
             outputs = self._process(probe, [pil.new("RGB", (64, 48))], {})
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
@@ -70,7 +70,7 @@ class ProcessorPreparation:
         if request.followups and self._answer is None:
             raise Unsupported("the model's chat template leaves no place for the answers of several turns")
         for message in request.followups:
-            conversation += (Message("assistant", (Part(text=self._answer),)), message)
+            conversation += (Message("assistant", (ContentPart(text=self._answer),)), message)
         shown = [pictures[number] for turn in order for number in turn]
         outputs = self._process(render(self.processor, conversation), shown, self._settings)
         ids = numpy.asarray(outputs["input_ids"][0], numpy.int32)
@@ -97,7 +97,7 @@ class ProcessorPreparation:
 
     def used(self, width: int, height: int) -> tuple[int, int] | None:
         """See `images.preparation.Scaling`."""
-        return scaling.used(self.processor.image_processor, self._settings, width, height)
+        return scaling.resized_size(self.processor.image_processor, self._settings, width, height)
 
     def special_tokens(self) -> tuple[str, ...]:
         return special_tokens(self.processor)
@@ -128,9 +128,9 @@ class ProcessorPreparation:
     def _find_answer_token(self) -> str | None:
         tokenizer = self.processor.tokenizer
         media = {getattr(self.processor, f"{name}_token", None) for name in ("image", "video", "audio")}
-        ask = Message("user", (Part(text="?"),))
+        ask = Message("user", (ContentPart(text="?"),))
         for token in dict.fromkeys((tokenizer.pad_token, *special_tokens(self.processor))):
-            text = render(self.processor, [ask, Message("assistant", (Part(text=token),)), ask])
+            text = render(self.processor, [ask, Message("assistant", (ContentPart(text=token),)), ask])
             ids = [] if token in media else self._process(text, (), {})["input_ids"][0]
             if list(ids).count(tokenizer.convert_tokens_to_ids(token)) == 1:
                 return str(token)

@@ -20,7 +20,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
 from ...errors import ModelError
-from ...request import Message, Part
+from ...types import ContentPart, Message
 
 
 class NoVideos(dict[str, Any]):
@@ -99,7 +99,7 @@ def template_sha256(processor: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _content(part: Part) -> dict[str, str]:
+def _content(part: ContentPart) -> dict[str, str]:
     return {"type": "image"} if part.text is None else {"type": "text", "text": part.text}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor
 
-from ...request import Sampling
+from ...types import Sampling
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]

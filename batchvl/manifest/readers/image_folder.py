@@ -1,0 +1,60 @@
+"""A folder of pictures: a row each, its id the picture's relative path."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from itertools import islice
+
+import pyarrow as pa
+
+from ...errors import InvalidRow
+from ..columns import Columns
+from ..files import Files
+from ..rows import IdType
+from .base import CHUNK_ROWS, Chunk
+
+
+class ImageFolderReader:
+    """Pictures' paths, in the columns `id` and `image`."""
+
+    available: tuple[str, ...] = ("id", "image")
+    is_text = False
+    row_bytes = 8
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self.total: int | None = sum(1 for _ in files)
+
+    def use(self, columns: Columns) -> None:
+        self.id_type: IdType | None = "string" if columns.id else None
+        self.kept = pa.schema([(name, pa.string()) for name in columns.keep])
+
+    def types(self) -> pa.Schema:
+        return pa.schema([(name, pa.string()) for name in self.available])
+
+    def estimate(self) -> int | None:
+        return self.total
+
+    def chunks(self, names: tuple[str, ...], rows: range, skip: Container[int]) -> Iterator[Chunk]:
+        chunk: Chunk = []
+        for number, name in enumerate(islice(self._files, rows.start, rows.stop), rows.start):
+            if number in skip:
+                continue
+            if name.isprintable() or _is_text(name):
+                chunk.append((number, (name,) * len(names)))
+            else:
+                shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                chunk.append((number, InvalidRow(f"{shown}: the file's name is not UTF-8")))
+            if len(chunk) == CHUNK_ROWS:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,140 @@
+"""Whatever the manifest is written in: the same rows, the same answers, in the manifest's order, each once."""
+
+import json
+import sys
+
+import pytest
+
+import batchvl
+
+from ..manifest.writing import write
+from .running import answers, picture, questions, responses, run, seen, shell
+
+ROWS = 12
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Rows with columns of other names than batchvl's own, each with a picture beside the manifest."""
+    for number in range(ROWS):
+        picture(tmp_path / f"pictures/{number}.png", number)
+    return [
+        {"key": f"k{n}", "question": f"what is {n}?", "photo": f"pictures/{n}.png", "site": f"s{n % 3}"}
+        for n in range(ROWS)
+    ]
+
+
+MAPPED = {"prompt_column": "question", "image_column": "photo", "id_column": "key", "keep": ["site"]}
+
+
+def check(summary, folder):
+    found = [(row["row"], row["id"], row["response"], row["site"], row["status"]) for row in answers(summary)]
+    seen_of = [seen(folder / f"pictures/{n}.png") for n in range(ROWS)]
+    assert found == [(n, f"k{n}", f"what is {n}? {seen_of[n]}", f"s{n % 3}", "ok") for n in range(ROWS)]
+    assert (summary.exit_code, summary.rows, summary.expected, summary.images) == (0, ROWS, ROWS, ROWS)
+
+
+@pytest.mark.parametrize("name", ["m.parquet", "m.jsonl", "m.jsonl.gz", "m.jsonl.zst", "m.csv"])
+def test_files(name, rows, tmp_path):
+    summary = run(write(tmp_path / name, rows), **MAPPED)
+    check(summary, tmp_path)
+    assert summary.output == str(tmp_path / "m-batchvl")
+
+
+def test_a_folder_and_a_glob_of_parquet(rows, tmp_path):
+    for number, cut in enumerate([rows[:5], rows[5:6], rows[6:]]):
+        write(tmp_path / f"day-{number}.parquet", cut)
+    check(run(tmp_path / "day-*.parquet", **MAPPED), tmp_path)
+    assert (tmp_path / "day-batchvl").is_dir()
+    again = run(str(tmp_path / "**/*.parquet"), output=tmp_path / "other", **MAPPED)
+    check(again, tmp_path)
+    summary = run(tmp_path, **MAPPED)
+    check(summary, tmp_path)
+    assert summary.output == f"{tmp_path}-batchvl"
+
+
+def test_pictures_as_bytes_and_a_prompt_from_columns(rows, tmp_path):
+    for row in rows:
+        file = tmp_path / row["photo"]
+        row["photo"] = {"bytes": file.read_bytes(), "path": file.name}
+    summary = run(write(tmp_path / "m.parquet", rows), prompt="{site}: {question}", prompt_column="key", **{
+        name: value for name, value in MAPPED.items() if name != "prompt_column"
+    })  # fmt: skip
+    wanted = [f"s{n % 3}: what is {n}? {seen(tmp_path / f'pictures/{n}.png')}" for n in range(ROWS)]
+    assert responses(summary) == wanted
+
+
+def test_a_folder_of_pictures(rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "pictures")
+    summary = run(".")  # from within, as one does
+    names = sorted(f"{n}.png" for n in range(ROWS))
+    assert responses(summary) == [f"describe this image {seen(tmp_path / 'pictures' / name)}" for name in names]
+    assert [row["images"][0]["source"] for row in answers(summary)] == names
+    assert summary.output == str(tmp_path / "pictures-batchvl")
+
+
+@pytest.mark.parametrize("name", ["m.parquet", "m.jsonl"])
+def test_a_limited_run_goes_on_without_the_limit(name, tmp_path):
+    manifest = questions(tmp_path / name, 400)
+    first = run(manifest, limit=50)
+    assert (first.rows, first.expected, first.exit_code) == (50, 50, 0)
+    assert responses(first) == [f"q {n}" for n in range(50)]
+    attempts = len(list((tmp_path / "m-batchvl").rglob("engine-*.log")))
+    assert run(manifest, limit=50).resumed == 50
+    assert len(list((tmp_path / "m-batchvl").rglob("engine-*.log"))) == attempts, "no engine was started for nothing"
+    further = run(manifest, limit=60)
+    assert (further.rows, further.resumed, further.exit_code) == (60, 50, 0)
+    rest = run(manifest)
+    assert (rest.rows, rest.resumed, rest.expected, rest.exit_code) == (400, 60, 400, 0)
+    assert responses(rest) == [f"q {n}" for n in range(400)]
+
+
+@pytest.mark.parametrize("name", ["m.parquet", "m.jsonl.gz"])
+def test_shards_merge_into_what_one_run_answers(name, tmp_path):
+    manifest = questions(tmp_path / name, 100)
+    out = tmp_path / "sharded"
+    for index in (2, 0, 1):
+        merged = batchvl.merge(out, tmp_path / "early.jsonl", partial=True) if index == 1 else None
+        summary = run(manifest, output=out, shard=f"{index}/3")
+        assert summary.exit_code == 0
+        assert summary.results is None
+        assert summary.rows == summary.expected == len(range(index * 100 // 3, (index + 1) * 100 // 3))
+        assert "batchvl merge" in str(summary)
+    assert merged is not None
+    assert merged.missing == 33
+    assert run(manifest, output=out, shard="1/3").resumed == 33
+    file = tmp_path / "merged.jsonl"
+    done = shell([sys.executable, "-m", "batchvl", "merge", str(out), str(file)])
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    whole = run(manifest, output=tmp_path / "whole")
+    assert [(line["row"], line["response"]) for line in lines] == list(enumerate(responses(whole)))
+
+
+def test_the_first_answers_do_not_wait_for_the_manifest_s_end(tmp_path, monkeypatch):
+    """300,000 rows: when the first ones are on disk, most of the file has not been read."""
+    manifest = tmp_path / "m.jsonl"
+    with manifest.open("w") as file:
+        file.writelines(f'{{"prompt": "question {number}"}}\n' for number in range(300_000))
+    highest = []
+    read = batchvl.manifest.Manifest.rows
+
+    def rows(self, *arguments):
+        for chunk in read(self, *arguments):
+            highest.append(chunk[-1].number)
+            yield chunk
+
+    monkeypatch.setattr("batchvl.manifest.Manifest.rows", rows)
+    first = []
+    tell = batchvl.runner.job.Job._commit
+
+    def commit(self, counts):
+        first.append(highest[-1])
+        tell(self, counts)
+        self._stop("the test")
+
+    monkeypatch.setattr("batchvl.runner.job.Job._commit", commit)
+    summary = run(manifest, {"pictures": False})
+    assert summary.exit_code == 75
+    assert first
+    assert first[0] < 30_000

@@ -1,0 +1,108 @@
+"""Rows that share their pictures: these are fetched and prepared once, and each row has its own answer or failure."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from aiohttp.web import HTTPNotFound
+
+from ..manifest.writing import write
+from .running import answers, codes, picture, responses, run, seen
+from .test_answers import serving
+
+
+@pytest.fixture
+def web(tmp_path):
+    """Pictures 0 to 19 behind addresses; who asked for which, how often."""
+    asked = Counter()
+    files = {f"{number}.png": picture(tmp_path / f"{number}.png", number) for number in range(20)}
+
+    class Counting(dict):
+        def __getitem__(self, name):
+            asked[name] += 1
+            if name not in self:
+                raise HTTPNotFound
+            return super().__getitem__(name)
+
+    with serving(Counting({name: path.read_bytes() for name, path in files.items()})) as address:
+        yield address, asked, files
+
+
+def spread(rows: int, seed: int = 7) -> list[int]:
+    """Which of 20 pictures each row is about, not in order."""
+    drawn = random.Random(seed)
+    return [drawn.randrange(20) for _ in range(rows)]
+
+
+def test_each_is_fetched_once_within_the_window(web, tmp_path):
+    address, asked, files = web
+    which = spread(200)
+    rows = [{"prompt": f"q {n}", "image": f"{address}/{number}.png"} for n, number in enumerate(which)]
+    manifest = write(tmp_path / "m.jsonl", rows)
+    expected = [f"q {n} {seen(files[f'{number}.png'])}" for n, number in enumerate(which)]
+
+    summary = run(manifest, image_workers=2, allow_private=["127.0.0.0/8"], arena_bytes="1MB", batch_size=8)
+    assert responses(summary) == expected
+    assert set(asked.values()) == {1}
+    assert len(asked) == 20
+
+    asked.clear()
+    alone = run(manifest, output=tmp_path / "alone", look_ahead=0, allow_private=["127.0.0.0/8"])
+    assert responses(alone) == expected
+    assert sum(asked.values()) == 200
+
+
+def test_a_picture_that_fails_fails_each_of_its_rows_and_a_prompt_its_own(web, tmp_path):
+    address, _, files = web
+    rows = [
+        {"prompt": "a", "image": f"{address}/0.png"},
+        {"prompt": "b", "image": f"{address}/missing.png"},
+        {"prompt": "<IMAGE_TOKEN> or <IMAGE_TOKEN>", "image": f"{address}/0.png"},
+        {"prompt": "c", "image": f"{address}/missing.png"},
+        {"prompt": "d", "image": f"{address}/0.png"},
+    ]
+    summary = run(write(tmp_path / "m.jsonl", rows), allow_private=["127.0.0.0/8"], fetch_retries=0)
+
+    digest = seen(files["0.png"])
+    assert responses(summary) == [f"a {digest}", None, None, None, f"d {digest}"]
+    assert codes(summary) == {1: "http_status", 2: "image_count_mismatch", 3: "http_status"}
+    assert [row["images"][0]["source"].endswith("missing.png") for row in answers(summary) if row["row"] in (1, 3)] == [
+        True, True,
+    ]  # fmt: skip
+
+
+def test_pictures_in_the_manifest_itself(tmp_path):
+    data = [picture(tmp_path / f"{number}.png", number).read_bytes() for number in range(2)]
+    manifest = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "image": [data[0], data[1], data[0]]}), manifest)
+
+    found = responses(run(manifest))
+
+    assert found == [
+        f"{text} {seen(tmp_path / f'{number}.png')}" for text, number in zip("abc", (0, 1, 0), strict=True)
+    ]
+
+
+def test_a_row_that_kills_the_engine_takes_none_of_those_with_its_picture_along(tmp_path):
+    file = picture(tmp_path / "a.png", 1)
+    url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    rows = [{"prompt": f"q {n}", "image": url if n % 2 else "a.png"} for n in range(60)]
+
+    summary = run(write(tmp_path / "m.jsonl", rows), {"die_on": [17]}, batch_size=8)
+
+    assert responses(summary) == [None if n == 17 else f"q {n} {seen(file)}" for n in range(60)]
+    assert codes(summary) == {17: "engine_crashed"}
+
+
+def test_rows_that_fail_once_are_asked_again_with_their_pictures(tmp_path):
+    file = picture(tmp_path / "a.png", 1)
+    rows = [{"prompt": f"q {n}", "image": "a.png"} for n in range(40)]
+
+    summary = run(write(tmp_path / "m.jsonl", rows), {"flaky_every": 3}, arena_bytes="600KB")
+
+    assert responses(summary) == [f"q {n} {seen(file)}" for n in range(40)]
