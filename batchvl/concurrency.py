@@ -1,4 +1,4 @@
-"""asyncio primitives that the standard library lacks."""
+"""asyncio building blocks that the standard library lacks."""
 
 from __future__ import annotations
 
@@ -13,111 +13,122 @@ T = TypeVar("T")
 
 
 class ByteSemaphore:
-    """Bytes that somebody takes and gives back; who finds too few left waits, first come, first served: a large amount
-    is not passed by small ones for ever. For one event loop.
+    """A semaphore that counts bytes and serves its waiters in order of arrival.
 
-    size: all there is. An amount larger than that may be out alone.
+    Small amounts never overtake a large one, so the large one cannot starve. For use on one event loop.
+
+    Args:
+        size: Bytes in total. A larger amount counts as `size`: it is granted once nothing else is held.
     """
 
     def __init__(self, size: int) -> None:
-        self._left = self._size = size
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._free = self._size = size
+        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    async def take(self, amount: int) -> None:
-        """Returns once `amount` bytes are the caller's."""
+    async def acquire(self, amount: int) -> None:
+        """Wait until `amount` bytes are free, and take them."""
         amount = min(amount, self._size)
-        if not self._waiting and amount <= self._left:
-            self._left -= amount
+        if not self._waiters and amount <= self._free:
+            self._free -= amount
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((amount, turn))
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append((amount, granted))
         try:
-            await turn
+            await granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._left += amount  # it was given in the same moment
-            self._serve()
+            if granted.done() and not granted.cancelled():
+                self._free += amount  # granted in the same iteration of the loop as the cancellation
+            self._wake_waiters()
             raise
 
-    def give(self, amount: int) -> None:
-        """Gives back what was taken."""
-        self._left += min(amount, self._size)
-        self._serve()
+    def release(self, amount: int) -> None:
+        """Return bytes that `acquire` took."""
+        self._free += min(amount, self._size)
+        self._wake_waiters()
 
-    def _serve(self) -> None:
-        while self._waiting:
-            amount, turn = self._waiting[0]
-            if not turn.done():
-                if amount > self._left:
+    def _wake_waiters(self) -> None:
+        while self._waiters:
+            amount, granted = self._waiters[0]
+            if not granted.done():
+                if amount > self._free:
                     return
-                self._left -= amount
-                turn.set_result(None)
-            self._waiting.popleft()
+                self._free -= amount
+                granted.set_result(None)
+            self._waiters.popleft()
 
 
 class SharedTask(Generic[T]):
-    """A thing that so many `users` get once each: made for the first who comes, let go of when the last is done.
+    """A value that several users share: made for the first `get`, released with the last `release`.
 
-    What `make` raises, every user gets. Where all users are cancelled while it is made, so is that.
+    Every user receives the exception that `make` raises. If all users are cancelled while `make` runs, so is `make`.
+
+    Args:
+        users: Number of users. Each calls `get` at most once and `release` exactly once.
+        make: Makes the value.
+        release: Called with the value after the last user's `release`, unless `make` failed.
 
     >>> async def example() -> list[int]:
     ...     async def make() -> list[int]:
     ...         return [7]
-    ...     gone: list[int] = []
-    ...     shared = SharedTask(2, make, gone.extend)
+    ...     released: list[int] = []
+    ...     shared = SharedTask(2, make, released.extend)
     ...     for _ in range(2):
-    ...         assert await shared.get() == [7] and not gone
-    ...         shared.done()
-    ...     return gone
+    ...         assert await shared.get() == [7] and not released
+    ...         shared.release()
+    ...     return released
     >>> asyncio.run(example())
     [7]
     """
 
-    def __init__(self, users: int, make: Callable[[], Coroutine[Any, Any, T]], let_go: Callable[[T], None]) -> None:
-        self._users = self._left = users
-        self._make, self._let_go = make, let_go
-        self._making: asyncio.Task[T] | None = None
-        self._made: tuple[T] | None = None
+    def __init__(self, users: int, make: Callable[[], Coroutine[Any, Any, T]], release: Callable[[T], None]) -> None:
+        self._users = self._remaining = users
+        self._make, self._release_value = make, release
+        self._task: asyncio.Task[T] | None = None
+        self._value: tuple[T] | None = None
 
     async def get(self) -> T:
-        """The thing. Whoever asks for it calls `done` afterwards, whatever came of it."""
-        if self._users == 1:  # a task of its own would be for nothing
-            self._made = (await self._make(),)
-            return self._made[0]
-        if self._making is None:
-            self._making = asyncio.get_running_loop().create_task(self._make())
-        return await asyncio.shield(self._making)
+        """Return the value, made if need be. The caller must call `release` afterwards, even if this raises."""
+        if self._users == 1:  # no need for a task of its own
+            self._value = (await self._make(),)
+            return self._value[0]
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._make())
+        return await asyncio.shield(self._task)
 
-    def done(self) -> None:
-        """A user needs it no more."""
-        self._left -= 1
-        if self._left:
+    def release(self) -> None:
+        """Report that one user is done with the value."""
+        self._remaining -= 1
+        if self._remaining:
             return
-        making = self._making
-        if making is not None and not making.done():
-            making.cancel()
-        elif making is not None and not making.cancelled() and making.exception() is None:
-            self._made = (making.result(),)
-        if self._made is not None:
-            self._let_go(self._made[0])
+        task = self._task
+        if task is not None and not task.done():
+            task.cancel()
+        elif task is not None and not task.cancelled() and task.exception() is None:
+            self._value = (task.result(),)
+        if self._value is not None:
+            self._release_value(self._value[0])
 
 
-def run_sync(work: Callable[[], Coroutine[Any, Any, T]], interrupted: Callable[[], None]) -> T:
-    """Does the work in an event loop of its own and returns its result, or raises what it raises.
+def run_sync(work: Callable[[], Coroutine[Any, Any, T]], interrupt: Callable[[], None]) -> T:
+    """Run a coroutine to completion in an event loop of its own.
 
-    Where this thread has a running loop already, as in a notebook, the work has a thread of its own. A
-    KeyboardInterrupt, which is a notebook's way to stop a cell, then calls `interrupted`, in this thread: that may tell
-    the work's loop to end, and raise something, but for RuntimeError (of a loop that has ended).
+    If this thread already runs a loop, as in a notebook, the coroutine runs in another thread. A KeyboardInterrupt,
+    which is how a notebook stops a cell, then calls `interrupt` in this thread.
+
+    Args:
+        work: Returns the coroutine. Called in the thread that runs it, so no coroutine is left unawaited.
+        interrupt: Asks the coroutine's loop to stop. It may raise, which ends the wait; a RuntimeError (the loop has
+            already closed) is ignored.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work())
-    with ThreadPoolExecutor(1, "batchvl") as thread:
-        running = thread.submit(lambda: asyncio.run(work()))  # made there: work that never starts is none
+    with ThreadPoolExecutor(1, "batchvl") as executor:
+        future = executor.submit(lambda: asyncio.run(work()))
         while True:
             try:
-                return running.result()
+                return future.result()
             except KeyboardInterrupt:
                 with suppress(RuntimeError):
-                    interrupted()
+                    interrupt()

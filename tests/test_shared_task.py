@@ -1,4 +1,4 @@
-"""What several tasks need is made once, for as long as one of them uses it."""
+"""`SharedTask`: a value that several tasks need is made once and kept as long as one of them uses it."""
 
 import asyncio
 
@@ -8,18 +8,18 @@ from batchvl.concurrency import SharedTask
 
 
 class Thing:
-    """Made when `go` is set; counts."""
+    """A shared value that is made once `may_finish` is set, with counts of what happened to it."""
 
     def __init__(self, users, error=None):
-        self.go, self.error = asyncio.Event(), error
+        self.may_finish, self.error = asyncio.Event(), error
         self.made = self.cancelled = 0
-        self.gone = []
-        self.shared = SharedTask(users, self.make, self.gone.append)
+        self.released = []
+        self.shared = SharedTask(users, self.make, self.released.append)
 
     async def make(self):
         self.made += 1
         try:
-            await self.go.wait()
+            await self.may_finish.wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -29,48 +29,48 @@ class Thing:
 
     async def use(self, until=None):
         try:
-            found = await self.shared.get()
+            value = await self.shared.get()
             if until is not None:
                 await until.wait()
-            return found
+            return value
         finally:
-            self.shared.done()
+            self.shared.release()
 
 
-async def test_it_is_made_once_and_let_go_of_after_the_last_user():
+async def test_made_once_and_released_after_the_last_user():
     thing, until = Thing(3), asyncio.Event()
     users = [asyncio.create_task(thing.use()), asyncio.create_task(thing.use(until))]
-    thing.go.set()
+    thing.may_finish.set()
     assert await users[0] == "thing"
-    assert thing.gone == []
+    assert thing.released == []
     until.set()
     await users[1]
-    assert thing.gone == []
+    assert thing.released == []
     assert await thing.use() == "thing"
-    assert (thing.made, thing.gone) == (1, ["thing"])
+    assert (thing.made, thing.released) == (1, ["thing"])
 
 
-async def test_every_user_gets_what_making_it_raises():
+async def test_every_user_gets_the_error():
     thing = Thing(2, RuntimeError("no"))
-    thing.go.set()
+    thing.may_finish.set()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no"):
             await thing.use()
-    assert (thing.made, thing.gone) == (1, [])
+    assert (thing.made, thing.released) == (1, [])
 
 
-async def test_a_cancelled_user_leaves_it_to_the_others():
+async def test_a_cancelled_user_does_not_affect_the_others():
     thing = Thing(2)
     first, second = asyncio.create_task(thing.use()), asyncio.create_task(thing.use())
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.wait([first])
-    thing.go.set()
+    thing.may_finish.set()
     assert await second == "thing"
-    assert (thing.cancelled, thing.gone) == (0, ["thing"])
+    assert (thing.cancelled, thing.released) == (0, ["thing"])
 
 
-async def test_where_all_are_cancelled_so_is_the_making_of_it():
+async def test_making_is_cancelled_with_the_last_user():
     thing = Thing(2)
     users = [asyncio.create_task(thing.use()) for _ in range(2)]
     await asyncio.sleep(0)
@@ -78,15 +78,15 @@ async def test_where_all_are_cancelled_so_is_the_making_of_it():
         user.cancel()
     await asyncio.wait(users)
     await asyncio.sleep(0)
-    assert (thing.made, thing.cancelled, thing.gone) == (1, 1, [])
+    assert (thing.made, thing.cancelled, thing.released) == (1, 1, [])
 
 
-async def test_one_user_alone():
-    thing, bad = Thing(1), Thing(1, RuntimeError("no"))
-    for each in (thing, bad):
-        each.go.set()
+async def test_a_single_user():
+    thing, failing = Thing(1), Thing(1, RuntimeError("no"))
+    for each in (thing, failing):
+        each.may_finish.set()
     assert await thing.use() == "thing"
-    assert thing.gone == ["thing"]
+    assert thing.released == ["thing"]
     with pytest.raises(RuntimeError, match="no"):
-        await bad.use()
-    assert bad.gone == []
+        await failing.use()
+    assert failing.released == []

@@ -110,7 +110,7 @@ class Scheduler:
                 self._fewer_wait.clear()
                 await self._fewer_wait.wait()
             for row in rows:  # a slot for each before the first begins: none waits for one with pictures in hand
-                await self._inline.take(row.inline_bytes)
+                await self._inline.acquire(row.inline_bytes)
                 await self._slots.acquire()
             prepared = self._ahead.together(rows)
             for row in rows:
@@ -149,7 +149,7 @@ class Scheduler:
         finally:
             if slot:
                 self._slots.release()
-            self._inline.give(row.inline_bytes)
+            self._inline.release(row.inline_bytes)
             del self._tasks[row.number]
 
     async def _attempt(self, row: Row, prepared: SharedTask[PreparedGroup]) -> tuple[Response, tuple[Image, ...]]:
@@ -167,7 +167,7 @@ class Scheduler:
                     return Response(row.number, failure=ready), found.images
                 return await self._engine.answer(ready), found.images
             finally:
-                prepared.done()
+                prepared.release()
         except RowError as error:
             return Response(row.number, failure=Failure.of(error)), image_stubs(row)
         except RowFailed as failed:

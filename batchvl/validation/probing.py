@@ -97,7 +97,7 @@ class Prober:
                 row = await asyncio.to_thread(next, rows, None)  # whoever fetches meanwhile must not wait for it
                 if row is None:
                     return
-                await self._inline.take(row.inline_bytes)
+                await self._inline.acquire(row.inline_bytes)
             try:
                 await self._probe(row)
             except RowError as error:
@@ -105,7 +105,7 @@ class Prober:
             except RowFailed as failed:
                 self._fail(row, failed.failure.code, failed.failure.message)
             finally:
-                self._inline.give(row.inline_bytes)
+                self._inline.release(row.inline_bytes)
             self._rows += 1
             done()
 

@@ -133,5 +133,5 @@ async def test_a_row_that_waits_for_room_for_its_pictures(line: CoreLine, rows: 
         assert line.left()["sessions"] == 0, "they wait for room"
         await rows.aborted(1)
     finally:
-        line.loaded.loop.call_soon_threadsafe(room.give, taken)
+        line.loaded.loop.call_soon_threadsafe(room.release, taken)
     assert [(await rows[number]).failure is None for number in range(3)] == [True, False, True]

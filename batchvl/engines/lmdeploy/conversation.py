@@ -98,7 +98,7 @@ class ConversationTask:
         finally:
             model.sessions.remove(self._session)
             self._session = None
-            model.room.give(self._room)
+            model.room.release(self._room)
         self._texts.append(answer.end())
         self._cut |= answer.cut
 

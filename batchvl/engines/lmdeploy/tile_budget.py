@@ -22,7 +22,7 @@ class TileBudget(ByteSemaphore):
     async def take_pictures(self, count: int) -> int:
         """Takes room for so many pictures; how many bytes, to be given back."""
         amount = count * self._largest
-        await self.take(amount)
+        await self.acquire(amount)
         return amount
 
     def settle(self, taken: int, prepared: Any) -> int:
@@ -35,7 +35,7 @@ class TileBudget(ByteSemaphore):
             self._largest = max(largest, self._largest) if self._seen else largest
             self._seen = True
         needed = min(sum(sizes), taken)
-        self.give(taken - needed)
+        self.release(taken - needed)
         return needed
 
 
