@@ -1,4 +1,4 @@
-"""Offline batch inference of vision-language models: the GPU never waits, nothing is lost, one command.
+"""Offline batch inference of vision-language models.
 
 import batchvl
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from ._version import __version__
 
 __all__ = ["BatchvlError", "FakeEngine", "Summary", "__version__", "merge", "retry", "run", "status", "validate"]
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .runner.summary import Summary
     from .validation import validate
 
-_HOMES = {
+_MODULES = {
     "BatchvlError": "errors",
     "FakeEngine": "engines.fake",
     "Summary": "runner.summary",
@@ -33,12 +33,13 @@ _HOMES = {
     "status": "results",
     "validate": "validation",
 }
+"""The module of each public name."""
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: `batchvl --help` needs neither pyarrow nor aiohttp.
-    if name not in _HOMES:
+    # Imported on first use, so that `batchvl --help` imports neither pyarrow nor aiohttp.
+    if name not in _MODULES:
         raise AttributeError(f"module 'batchvl' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

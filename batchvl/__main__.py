@@ -1,4 +1,4 @@
-"""`python -m batchvl` is the command `batchvl`."""
+"""Run the command line: `python -m batchvl`."""
 
 from .cli import main
 

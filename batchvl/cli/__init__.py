@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .. import __version__
+from .._version import __version__
 from .errors import EXIT_CODES
 from .machine import demo, doctor
 from .manifest import validate

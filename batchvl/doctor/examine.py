@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .. import __version__
+from .._version import __version__
 from ..engines.probe import PROBES, Facts, Probe
 from . import gpus, libraries, machine
 from .finding import Finding, Verdict

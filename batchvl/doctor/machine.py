@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from .. import __version__
+from .._version import __version__
 from ..hardware import limits as resources
 from ..hardware.commands import run_command
 from .finding import GIB, Finding, size
