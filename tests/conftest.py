@@ -1,8 +1,73 @@
-"""What holds for all tests."""
+"""Settings for all tests: signals, and time limits that fit the machine."""
 
+import contextlib
 import signal
 
-# A shell starts what it puts into the background deaf to Ctrl-C, and a run keeps that, as it should: the tests' own
-# runs are to hear it, wherever the tests are started from.
+import pytest
+
+from . import timing
+
+# A shell starts background processes with SIGINT ignored, and a run inherits that, as it should. The tests' own runs must
+# react to SIGINT, wherever the tests are started from.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    # With pytest-xdist the controller measures, before its workers load the machine, and hands them the result.
+    given = getattr(config, "workerinput", {}).get("timing_factor")
+    timing.set_factor(timing.measure() if given is None else given)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["timing_factor"] = timing.factor()
+
+
+def pytest_report_header():
+    return f"time limits: {timing.factor():.1f} times those of a quiet machine"
+
+
+# pytest-timeout arms its timer for a whole test, the reports on it included. A limit that ran out inside a report raised
+# there, outside of any test, and ended the session with an internal error. Hence `timeout_func_only` in pyproject.toml,
+# which limits the body of a test alone, and the same limit here for set-up and for teardown.
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.pluginmanager.hasplugin("timeout"):
+        return
+    default = config.getoption("timeout")
+    if default is None:
+        default = float(config.getini("timeout") or 0)
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        seconds = mark.args[0] if mark else default
+        item.add_marker(pytest.mark.timeout(timing.scaled(seconds)), append=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    with _limited(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    with _limited(item):
+        return (yield)
+
+
+@contextlib.contextmanager
+def _limited(item):
+    """Give a test's set-up or teardown the time that its body has."""
+    plugin = item.config.pluginmanager.getplugin("timeout")
+    seconds = item.get_closest_marker("timeout").args[0] if plugin else 0
+    if not seconds:
+        yield
+        return
+    settings = plugin.Settings(seconds, plugin.DEFAULT_METHOD, True, False)
+    item.config.hook.pytest_timeout_set_timer(item=item, settings=settings)
+    try:
+        yield
+    finally:
+        item.config.hook.pytest_timeout_cancel_timer(item=item)

@@ -13,6 +13,8 @@ import pytest
 from batchvl.config.options import RunOptions
 from batchvl.config.sources import read_job_file
 
+from .timing import scaled
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "jobs" / "nightly.sbatch"
 
@@ -69,5 +71,5 @@ def test_the_signal_before_the_time_is_up_reaches_batchvl(tmp_path, environment,
             assert job.poll() is None, log.read_text()
             time.sleep(0.05)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=30) == 75, log.read_text()
+        assert job.wait(timeout=scaled(30)) == 75, log.read_text()
     assert "stopped by SIGUSR1: run the same command again to go on" in log.read_text()

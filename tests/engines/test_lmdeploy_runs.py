@@ -20,6 +20,7 @@ from batchvl.shapes import MODEL
 from tests.engines import cpu_core
 from tests.engines.in_process import picture
 from tests.manifest.writing import write
+from tests.timing import scaled
 
 pytestmark = [pytest.mark.lmdeploy, pytest.mark.timeout(400)]
 
@@ -34,7 +35,7 @@ def command(manifest: Path, *flags: str) -> list[str]:
 
 def shell(tmp_path: Path, arguments: list[str], **behaviour) -> subprocess.CompletedProcess[str]:
     environment = cpu_core.with_cpu_core(tmp_path / "core", **behaviour)
-    return subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=scaled(300))
 
 
 def rows(out: Path) -> list[dict]:
@@ -176,7 +177,7 @@ def test_an_engine_in_all_kinds_of_trouble_is_replaced_and_every_row_is_answered
             if "batchvl.serving.engine_main" in child.cmdline()
         ]
         engine.send_signal(signal.SIGKILL)
-        said, complaints = run.communicate(timeout=350)
+        said, complaints = run.communicate(timeout=scaled(350))
 
     assert run.returncode == 0, said + complaints
     found = rows(out)

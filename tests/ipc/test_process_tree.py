@@ -14,6 +14,7 @@ from batchvl.ipc import process_tree as family
 from batchvl.serving.exits import EngineExited
 from tests.runner.running import alive, children, command, environment, questions, wait_until
 from tests.serving.supervised import group, is_guardian, process_of, request, supervised
+from tests.timing import scaled
 
 MIB = 2**20
 
@@ -126,7 +127,7 @@ def test_the_guardian_needs_no_runner(tmp_path):
         processes[0].kill()
         wait_until(lambda: not alive(processes))
         runner.send_signal(signal.SIGCONT)
-        _, errors = runner.communicate(timeout=60)
+        _, errors = runner.communicate(timeout=scaled(60))
     assert runner.returncode == 0
     assert "the engine was killed by SIGKILL" in errors
     assert "the engine is up again" in errors

@@ -23,8 +23,9 @@ from batchvl.engines.fake import SIDE
 from batchvl.runner.summary import Summary
 
 from ..manifest.writing import write
+from ..timing import scaled
 
-PATIENCE = 60
+PATIENCE = scaled(60)
 """Seconds after which something that a test waits for will not come any more, however busy the machine."""
 
 
