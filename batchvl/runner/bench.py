@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tempfile
 import time
@@ -19,14 +20,15 @@ from ..config.options import RunOptions
 from ..config.sources import resolve_options
 from ..engines.base import EngineInfo
 from ..errors import BatchvlError, OptionError, RowError
-from ..hardware.limits import cpus
 from ..images.grouping import group_by_images
 from ..images.pipeline import ImagePipeline
-from ..images.worker_pool import ImageWorkers, RowFailed
+from ..images.worker_pool import RowFailed
 from ..results import ResultStore
 from ..serving.pool import ReplicaPool
 from ..types import Request, Row
 from .job import Job
+
+logger = logging.getLogger(__name__)
 
 ROWS = 1000
 """Of the manifest, unless --limit says otherwise."""
@@ -147,38 +149,39 @@ class Benched(Job):
         self.found: Comparison | None = None
         self._at_start = (0.0, 0.0)
 
-    async def _describe(self, engine: ReplicaPool, workers: ImageWorkers, output: ResultStore) -> None:
-        await super()._describe(engine, workers, output)
-        self._at_start = time.process_time(), workers.busy_seconds
+    async def _describe(self, engine: ReplicaPool, images: ImagePipeline, output: ResultStore) -> None:
+        await super()._describe(engine, images, output)
+        self._at_start = time.process_time(), images.busy_seconds
 
-    async def _answered(self, ahead: ImagePipeline, workers: ImageWorkers, engine: ReplicaPool) -> None:
+    async def _answered(self, images: ImagePipeline, engine: ReplicaPool) -> None:
         seconds, rows = max(engine.seconds, 1e-9), engine.answers
-        runner, busy = time.process_time() - self._at_start[0], workers.busy_seconds - self._at_start[1]
+        runner, busy = time.process_time() - self._at_start[0], images.busy_seconds - self._at_start[1]
         run, wait = Pace(rows, self.progress.output_tokens, seconds), engine.wait_share
         with ExitStack() as stack:
-            requests = await self._requests(ahead, engine, stack)
+            requests = await self._requests(images, engine, stack)
             if not requests:
                 return
-            self.progress.say(f"{run.rate:,.1f} rows/s; now the engine alone, with {len(requests):,} rows in turn")
+            logger.info(f"{run.rate:,.1f} rows/s; now the engine alone, with {len(requests):,} rows in turn")
             info = await engine.started()
             ceiling = await _alone(engine, requests, rows, open_rows=2 * info.rows * info.replicas)
-        count = self.options.image.image_workers or cpus()
-        self.found = Comparison(info, run, ceiling, len(requests), wait, busy / seconds / count, runner / seconds)
+        self.found = Comparison(
+            info, run, ceiling, len(requests), wait, busy / seconds / images.worker_count, runner / seconds
+        )
 
-    async def _requests(self, ahead: ImagePipeline, engine: ReplicaPool, stack: ExitStack) -> list[Request]:
+    async def _requests(self, images: ImagePipeline, engine: ReplicaPool, stack: ExitStack) -> list[Request]:
         """Of the manifest's first rows, prepared until the stack is closed; none of those that fail."""
         requests: list[Request] = []
-        arena = ahead.arena
+        arena = images.tensors
         async for rows in group_by_images(self._first_rows(), self.options.image.look_ahead):
             if arena.free_blocks <= arena.blocks * (1 - _SHARE):
                 break
             try:
                 if not rows[0].images and not engine.prepares_text:
-                    requests += map(ahead.request, rows)
+                    requests += map(images.request, rows)
                     continue
-                prepared = ahead.together(rows)
+                prepared = images.prepare_group(rows)
                 for _ in rows:
-                    stack.callback(prepared.done)
+                    stack.callback(prepared.release)
                 async with asyncio.timeout(self.options.image.prepare_timeout):
                     ready = await prepared.get()
             except (RowError, RowFailed):

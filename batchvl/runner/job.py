@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,37 +14,35 @@ from typing import Any
 
 import msgspec
 
-from .. import __version__
+from .._version import __version__
 from ..concurrency import run_sync
 from ..config.options import RunOptions, flag
 from ..config.sources import resolve_options
-from ..config.units import Shard, Size, parse_failure_limit, pluralize
+from ..config.units import Shard, parse_failure_limit, pluralize
 from ..engines.base import EngineInfo
 from ..engines.registry import PRELOADS, choose
 from ..engines.spec import engine_spec
-from ..errors import BatchvlError, EngineLost, OptionError, ResumeError, StoppedEarly, TooManyFailures, UsageError
+from ..errors import BatchvlError, EngineLost, ResumeError, StoppedEarly, TooManyFailures, UsageError
 from ..hardware.gpus import assign_gpus
-from ..hardware.limits import cpus
 from ..hardware.slurm import kill_wait
-from ..images.fetch import Fetcher
 from ..images.files import check_roots
 from ..images.pipeline import ImagePipeline
-from ..images.worker_pool import ImageWorkers
-from ..ipc.arena import BLOCK, Arena, default_arena_bytes
 from ..ipc.spawn import ParentPipe
 from ..manifest import Manifest
 from ..prompts.template import Prompter
 from ..results import Counts, ResultStore, RetrySelection, RunFile, merge
 from ..results.location import default_output, open_output
-from ..results.lock import BEAT_SECONDS
-from ..results.shard import ShardFolder
+from ..results.lock import HEARTBEAT_SECONDS
+from ..results.shard import ShardDirectory
 from ..serving.pool import ReplicaPool
-from ..storage.disk import Disk, as_stopped_early
+from ..storage.disk import Disk
 from ..types import Row
-from .progress import Progress
+from .progress import Progress, log_to
 from .scheduler import Scheduler
 from .signals import handle_signals
 from .summary import Summary, summarise
+
+logger = logging.getLogger(__name__)
 
 WRITING_SECONDS = 5.0
 """Of what Slurm leaves before it kills, for writing what was answered."""
@@ -72,15 +71,15 @@ class Job:
     """One run of one shard of a manifest."""
 
     def __init__(
-        self, source: str, options: RunOptions, *, quiet: bool = False, redo: RetrySelection | None = None,
+        self, source: str, options: RunOptions, *, quiet: bool = False, retry: RetrySelection | None = None,
         disk: Disk | None = None,
     ) -> None:  # fmt: skip
-        """redo: which rows to ask again, instead of those that have not been asked. disk: what the output is written
+        """retry: which rows to ask again, instead of those that have not been asked. disk: what the output is written
         by, for tests that fail or kill there. Raises OptionError.
         """
         engine: Any = choose(options.engine.engine, options.engine.device)
         self.options = options = replace(options, engine=replace(options.engine, engine=engine))
-        self.source, self.quiet, self.redo, self.shard = source, quiet, redo, options.manifest.shard
+        self.source, self.quiet, self.retry, self.shard = source, quiet, retry, options.manifest.shard
         self.out, self._disk = open_output(options.output.output or default_output(source), options.output.work), disk
         self.folder = self.out if isinstance(self.out, Path) else self.out.path
         self.spec = engine_spec(options)
@@ -117,14 +116,19 @@ class Job:
             manifest.schema.kept, self.source, manifest.total,
         )  # fmt: skip
         output = ResultStore.open(
-            self.out, guard, self.shard, options=self.options.output, on_commit=self._commit, redo=self.redo,
+            self.out, guard, self.shard, options=self.options.output, on_commit=self._commit, retry=self.retry,
             disk=self._disk,
         )  # fmt: skip
         self._before = output.counts
-        self._again = len(output.redo) if output.redo is not None else 0
+        self._again = len(output.retry_rows) if output.retry_rows is not None else 0
         self.progress = Progress(self._expected, self._before, quiet=self.quiet)
-        if self.redo is not None:
-            self.progress.say(f"asking {self._again:,} failed rows again")
+        with log_to(self.progress.write):
+            return await self._supervise(output, new)
+
+    async def _supervise(self, output: ResultStore, new: bool) -> Summary:
+        assert self._loop is not None
+        if self.retry is not None:
+            logger.info(f"asking {self._again:,} failed rows again")
         asking = asyncio.create_task(self._ask_slurm())
         with handle_signals(self._stop, self._leave):
             if (after := self.options.output.stop_after) is not None:
@@ -147,7 +151,7 @@ class Job:
                 asking.cancel()
             if isinstance(error, UsageError | EngineLost):
                 with suppress(OSError):  # the error that led here is the one to tell
-                    output.withdraw(logs=isinstance(error, EngineLost))
+                    output.roll_back(logs=isinstance(error, EngineLost))
             if isinstance(error, UsageError):
                 if new:
                     with suppress(OSError):
@@ -157,7 +161,7 @@ class Job:
 
     def _complete(self, output: ResultStore) -> bool:
         """Whether earlier runs left nothing to do, so that no engine is needed."""
-        if output.redo is not None:
+        if output.retry_rows is not None:
             return not self._again
         limit = self.options.manifest.limit
         if (
@@ -176,50 +180,36 @@ class Job:
     async def _answer(self, output: ResultStore) -> bool:
         """Opens every stage, runs, and closes them in turn; True once the shard is at its end."""
         options = self.options
-        lifeline, environment = ParentPipe(), dict(os.environ)
-        size = options.image.arena_bytes or default_arena_bytes(len(self.places))
         async with AsyncExitStack() as stack:
+            lifeline = ParentPipe()
             stack.callback(lifeline.close)
             stack.callback(asyncio.create_task(self.progress.tick()).cancel)
             stack.callback(asyncio.create_task(self._beat(output)).cancel)
             self._opening = asyncio.current_task()
-            try:
-                # Pixels of thirteen tiles are 16 MB, their file a hundredth of that.
-                encoded, prepared = (Arena(max(1, part // BLOCK), BLOCK) for part in (size // 4, size * 3 // 4))
-            except OSError as error:
-                raise OptionError(f"--arena-bytes: no {Size(size)} of memory to be had: {error.strerror}") from None
-            stack.callback(encoded.close)
-            stack.callback(prepared.close)
-            log = output.folder / f"images-{output.attempt:04d}.log"
-            try:
-                log_file = stack.enter_context(log.open("wb"))
-            except OSError as failed:
-                raise as_stopped_early(log, failed) from failed
-            preload, arenas = PRELOADS.get(self.spec.engine), (encoded, prepared)
-            workers = await stack.enter_async_context(
-                ImageWorkers(
-                    preload, options.image, options.fetch.max_image_bytes, self._roots(), arenas,
-                    options.image.image_workers or cpus(), lifeline, environment, log_file,
-                )
-            )  # fmt: skip
-            log = output.folder / f"engine-{output.attempt:04d}.log"
-            engine = await stack.enter_async_context(
-                ReplicaPool(
-                    self.spec, options.engine, self.places, prepared, lifeline, environment, log, self.progress.say
+            images = await stack.enter_async_context(
+                ImagePipeline(
+                    options.fetch,
+                    options.image,
+                    self._roots(),
+                    log=output.directory / f"images-{output.attempt:04d}.log",
+                    preload=PRELOADS.get(self.spec.engine),
+                    replicas=len(self.places),
+                    on_stage_seconds=self.progress.spent,
                 )
             )
-            await workers.load(engine.preparation)
-            fetcher = await stack.enter_async_context(Fetcher(options.fetch, encoded))
+            log = output.directory / f"engine-{output.attempt:04d}.log"
+            engine = await stack.enter_async_context(
+                ReplicaPool(self.spec, options.engine, self.places, images.tensors, lifeline, dict(os.environ), log)
+            )
             special = engine.preparation.special_tokens if engine.preparation else ()
-            prompter = Prompter(options.prompt, options.sampling, special)
-            ahead = ImagePipeline(prompter, fetcher, workers, prepared, self.progress)
-            runner = Scheduler(options, ahead, engine, output, self.progress)
+            await images.load(engine.preparation, Prompter(options.prompt, options.sampling, special).request)
+            runner = Scheduler(options, images, engine, output, self.progress)
             self._opening, self._runner = None, runner
-            describing = asyncio.create_task(self._describe(engine, workers, output))
+            describing = asyncio.create_task(self._describe(engine, images, output))
             try:
                 await runner.answer(self._rows(output))
                 if runner.stopped is None:
-                    await self._answered(ahead, workers, engine)
+                    await self._answered(images, engine)
             finally:
                 self._runner = None
                 describing.cancel()
@@ -231,10 +221,10 @@ class Job:
             raise runner.stopped
         return True
 
-    async def _answered(self, ahead: ImagePipeline, workers: ImageWorkers, engine: ReplicaPool) -> None:
+    async def _answered(self, images: ImagePipeline, engine: ReplicaPool) -> None:
         """For who wants more of the stages, which are still open when all rows have been answered."""
 
-    async def _describe(self, engine: ReplicaPool, workers: ImageWorkers, output: ResultStore) -> None:
+    async def _describe(self, engine: ReplicaPool, images: ImagePipeline, output: ResultStore) -> None:
         """Once the engine is up: what really runs goes into the output's metadata."""
         info = await engine.started()
         if info.model == self.spec.model:
@@ -250,23 +240,23 @@ class Job:
             if self._runner is not None:
                 self._runner.stop(error, self.options.output.grace)
             return
-        self.progress.say(f"{info}, lists of {info.batch_size} rows")
+        logger.info(f"{info}, lists of {info.batch_size} rows")
         for note in info.notes:
-            self.progress.say(f"note: {note}")
+            logger.info(f"note: {note}")
 
     async def _beat(self, output: ResultStore) -> None:
         """Signs of life, for who watches the output folder: a model can load, or think, for minutes."""
         while True:
             total = self._total if self._total is not None else self.manifest.estimate()
-            await asyncio.to_thread(output.beat, total)  # in a thread: a disk that hangs must not hold up all rows
-            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.to_thread(output.heartbeat, total)  # in a thread: a disk that hangs must not hold up all rows
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _rows(self, output: ResultStore) -> AsyncIterator[Row]:
         """The shard's rows that are not done, read in a thread of their own, a chunk ahead."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "batchvl-manifest") as reading:
             # A retry's rows may be of a manifest that had a --limit then, and other shards for it.
-            shard, stop = (self.shard, None) if output.redo is None else (Shard(), output.redo.stop)
+            shard, stop = (self.shard, None) if output.retry_rows is None else (Shard(), output.retry_rows.stop)
             chunks = self.manifest.rows(shard, output.done, self.folder)
             ahead = loop.run_in_executor(reading, next, chunks, None)
             while (chunk := await ahead) is not None:
@@ -283,7 +273,7 @@ class Job:
 
     def _expected(self) -> int | None:
         """The shard's rows, as well as that is known; of a retry, those that were asked before."""
-        if self.redo is not None:
+        if self.retry is not None:
             return self._before.rows + self._again
         total = self._total if self._total is not None else self.manifest.estimate()
         return None if total is None else len(self.shard.rows(total))
@@ -324,7 +314,7 @@ class Job:
         else:
             outcome = "all there is was answered; writing it"
         if first:
-            self.progress.say(f"{name}: {outcome}")
+            logger.info(f"{name}: {outcome}")
 
     def _interrupt(self) -> None:
         """Stops the run from another thread, the first time in order, then without grace."""
@@ -334,12 +324,12 @@ class Job:
 
     def _leave(self, name: str) -> None:
         """Ends the process now. What was committed is safe, and the children go with it."""
-        self.progress.say(f"{name} again: leaving at once; run the same command again to go on")
+        logger.info(f"{name} again: leaving at once; run the same command again to go on")
         os._exit(StoppedEarly.exit_code)
 
     async def _end(self, error: BatchvlError | None) -> Summary:
         """The summary: written, and with the results merged where this run is all there is."""
-        expected = self._expected() if self._total is not None or self.redo is not None else None
+        expected = self._expected() if self._total is not None or self.retry is not None else None
         summary = summarise(
             self.progress, self._before, manifest=self.source, output=self.out, expected=expected, exit_code=0
         )
@@ -349,13 +339,13 @@ class Job:
         accepted = self.options.output.accept_failures
         if self.shard.count == 1 and error is None:
             try:
-                total = self._total if self.redo is None else None  # a retry's manifest may have had a --limit
+                total = self._total if self.retry is None else None  # a retry's manifest may have had a --limit
                 report = await asyncio.to_thread(merge, self.out, None, total, disk=self._disk)
                 if report.complete:
                     summary.results = str(report.file)
-                elif self.redo is not None:
+                elif self.retry is not None:
                     rows = f"{report.missing:,} rows" if report.missing else "some rows"
-                    self.progress.say(f"{rows} were never asked: batchvl run goes on with them")
+                    logger.info(f"{rows} were never asked: batchvl run goes on with them")
                 else:  # which must not be; should it, nobody is to think that all is well
                     have = "has" if report.missing == 1 else "have"
                     error = BatchvlError(f"{pluralize(report.missing)} {have} no result: run the same command again")
@@ -371,7 +361,7 @@ class Job:
         elif summary.failed > parse_failure_limit(accepted, summary.rows):
             summary.exit_code = 3
             summary.message = f"more rows failed than --accept-failures {accepted}"
-        folder = self.folder if self.shard.count == 1 else ShardFolder.of(self.out, self.shard).path
+        folder = self.folder if self.shard.count == 1 else ShardDirectory.of(self.out, self.shard).path
         file = folder / "summary.json"
         if self.progress.committed.rows or not summary.is_told(file):  # else it tells of the run that did the work
             try:
@@ -379,5 +369,5 @@ class Job:
                 if not isinstance(self.out, Path):
                     await asyncio.to_thread(self.out.upload, file, str(file.relative_to(self.folder)))
             except OSError as failed:
-                self.progress.say(f"{failed.filename or file}: cannot be written: {failed.strerror}")
+                logger.info(f"{failed.filename or file}: cannot be written: {failed.strerror}")
         return summary

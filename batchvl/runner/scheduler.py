@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 
 import tenacity
 
-from ..concurrency import ByteSemaphore, SharedTask
+from ..concurrency import SharedTask
 from ..config.options import RunOptions
 from ..errors import BatchvlError, EngineCrashed, EngineLost, GaveUpWaiting, RowError
 from ..images.grouping import group_by_images
@@ -23,8 +23,6 @@ from .progress import Progress
 
 MIN_IN_FLIGHT = 256
 """Rows between manifest and journal, even for an engine that holds few."""
-INLINE_BYTES = 256 * 2**20
-"""Picture bytes that rows in flight may carry themselves."""
 WAITING_ROWS = 4096
 """Rows that may wait for a retry before the intake waits for them."""
 
@@ -38,7 +36,7 @@ class Scheduler:
         self._options, self._ahead, self._engine = options, ahead, engine
         self._output, self._progress = output, progress
         self._slots = asyncio.Semaphore(MIN_IN_FLIGHT)
-        self._inline = ByteSemaphore(INLINE_BYTES)
+        self._inline = ahead.inline_budget
         self._waiting = 0
         self._fewer_wait = asyncio.Event()
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -112,7 +110,7 @@ class Scheduler:
             for row in rows:  # a slot for each before the first begins: none waits for one with pictures in hand
                 await self._inline.acquire(row.inline_bytes)
                 await self._slots.acquire()
-            prepared = self._ahead.together(rows)
+            prepared = self._ahead.prepare_group(rows)
             for row in rows:
                 self._tasks[row.number] = tasks.create_task(self._row(row, prepared))
             if self._suspects.full:
@@ -126,7 +124,7 @@ class Scheduler:
         attempts = 1
         slot = True
         try:
-            await self._output.room()
+            await self._output.wait_for_capacity()
             response, images = await self._attempt(row, prepared)
             if _may_pass(response) and self.stopped is not None:
                 return  # the next run asks again
@@ -196,7 +194,7 @@ class Scheduler:
                 return Response(row.number, failure=Failure.of(GaveUpWaiting(text))), images
             attempts += 1
             async with self._slots:
-                return await self._attempt(row, self._ahead.together([row]))
+                return await self._attempt(row, self._ahead.prepare_group([row]))
 
         await self._wait(0.5)
         response, images = await retrying(again)

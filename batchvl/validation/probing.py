@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from ..concurrency import ByteSemaphore
 from ..config.options import RunOptions
-from ..errors import OptionError, RowError
-from ..hardware.limits import cpus
-from ..images.fetch import Fetcher
-from ..images.worker_pool import ImageWorkers, RowFailed
-from ..ipc.arena import BLOCK, Arena, default_arena_bytes
-from ..ipc.spawn import ParentPipe
-from ..runner.scheduler import INLINE_BYTES
-from ..types import Image, Row
+from ..errors import RowError
+from ..images.pipeline import ImagePipeline
+from ..images.worker_pool import RowFailed
+from ..types import Failure, Image, Request, Row
 from .checks import Checks
 from .problems import Problems
 from .quantiles import Histogram
@@ -32,7 +25,6 @@ class Prober:
 
     def __init__(self, options: RunOptions, roots: Sequence[Path], checks: Checks) -> None:
         self._options, self._roots, self._checks = options, roots, checks
-        self._inline = ByteSemaphore(INLINE_BYTES)
         self._reading = asyncio.Lock()
         self._problems = Problems()
         self._bytes, self._pixels = Histogram(), Histogram()
@@ -41,28 +33,10 @@ class Prober:
         self._fetch_seconds = self._decode_seconds = 0.0
 
     async def __aenter__(self) -> Prober:
-        options = self._options
+        self._images = ImagePipeline(self._options.fetch, self._options.image, self._roots)
         async with AsyncExitStack() as stack:
-            lifeline = ParentPipe()
-            stack.callback(lifeline.close)
-            size = (
-                options.image.arena_bytes or default_arena_bytes()
-            ) // 4  # as much as a run has for encoded pictures
-            try:
-                encoded, nothing = Arena(max(1, size // BLOCK)), Arena(1)
-            except OSError as error:
-                raise OptionError(f"--arena-bytes: no {size:,} bytes of memory to be had: {error.strerror}") from None
-            stack.callback(encoded.close)
-            stack.callback(nothing.close)
-            log = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-            self._workers = await stack.enter_async_context(
-                ImageWorkers(
-                    None, options.image, options.fetch.max_image_bytes, self._roots, (encoded, nothing),
-                    options.image.image_workers or cpus(), lifeline, dict(os.environ), log,
-                )
-            )  # fmt: skip
-            await self._workers.load(None)
-            self._fetcher = await stack.enter_async_context(Fetcher(options.fetch, encoded))
+            await stack.enter_async_context(self._images)
+            await self._images.load(None, self._request)
             self._stack = stack.pop_all()
         return self
 
@@ -97,7 +71,7 @@ class Prober:
                 row = await asyncio.to_thread(next, rows, None)  # whoever fetches meanwhile must not wait for it
                 if row is None:
                     return
-                await self._inline.acquire(row.inline_bytes)
+                await self._images.inline_budget.acquire(row.inline_bytes)
             try:
                 await self._probe(row)
             except RowError as error:
@@ -105,24 +79,27 @@ class Prober:
             except RowFailed as failed:
                 self._fail(row, failed.failure.code, failed.failure.message)
             finally:
-                self._inline.release(row.inline_bytes)
+                self._images.inline_budget.release(row.inline_bytes)
             self._rows += 1
             done()
 
     async def _probe(self, row: Row) -> None:
+        task = self._images.prepare_group([row])
+        try:
+            group = await task.get()
+        finally:
+            task.release()
+        if isinstance(outcome := group.requests[row.number], Failure):
+            raise RowFailed(outcome, group.images)
+        self._fetch_seconds += group.fetch_seconds
+        self._decode_seconds += group.prepare_seconds
+        for image in group.images:
+            self._take(image)
+
+    def _request(self, row: Row) -> Request:
         request = self._checks.request(row)
         assert request is not None, "only rows that can be asked are sampled"
-        started = time.monotonic()
-        fetched = await self._fetcher.fetch(row.images)
-        took = time.monotonic() - started
-        try:
-            prepared = await self._workers.prepare([request], fetched.sources)
-        finally:
-            fetched.release()
-        self._fetch_seconds += took
-        self._decode_seconds += prepared.seconds
-        for image in prepared.images:
-            self._take(image)
+        return request
 
     def _take(self, image: Image) -> None:
         assert image.bytes is not None
