@@ -20,8 +20,7 @@ from ..config.options import RunOptions, flag
 from ..config.sources import resolve_options
 from ..config.units import Shard, parse_failure_limit, pluralize
 from ..engines.base import EngineInfo
-from ..engines.registry import PRELOADS, choose
-from ..engines.spec import engine_spec
+from ..engines.registry import ENGINE_TYPES, choose_engine, engine_spec
 from ..errors import BatchvlError, EngineLost, ResumeError, StoppedEarly, TooManyFailures, UsageError
 from ..hardware.gpus import assign_gpus
 from ..hardware.slurm import kill_wait
@@ -77,13 +76,13 @@ class Job:
         """retry: which rows to ask again, instead of those that have not been asked. disk: what the output is written
         by, for tests that fail or kill there. Raises OptionError.
         """
-        engine: Any = choose(options.engine.engine, options.engine.device)
+        engine: Any = choose_engine(options.engine.engine, options.engine.device)
         self.options = options = replace(options, engine=replace(options.engine, engine=engine))
         self.source, self.quiet, self.retry, self.shard = source, quiet, retry, options.manifest.shard
         self.out, self._disk = open_output(options.output.output or default_output(source), options.output.work), disk
         self.folder = self.out if isinstance(self.out, Path) else self.out.path
         self.spec = engine_spec(options)
-        self.places = assign_gpus(options)
+        self.places = assign_gpus(options, ENGINE_TYPES[engine].gpus_per_replica(options))
         for name in ("accept_failures", "max_failures"):
             parse_failure_limit(getattr(options.output, name) or "0", 0, flag(name))
         check_roots(options.fetch.image_root)
@@ -192,7 +191,7 @@ class Job:
                     options.image,
                     self._roots(),
                     log=output.directory / f"images-{output.attempt:04d}.log",
-                    preload=PRELOADS.get(self.spec.engine),
+                    preload=ENGINE_TYPES[self.spec.engine].preload,
                     replicas=len(self.places),
                     on_stage_seconds=self.progress.spent,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import time
@@ -28,6 +29,39 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
 
 Bar.set_lock(threading.RLock())
+
+
+class LogHandler(logging.Handler):
+    """Write log records of INFO and above as lines, by `write`; any thread may log."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        self._write(text)
+
+
+@contextmanager
+def log_to(write: Callable[[str], None]) -> Iterator[None]:
+    """Write what the package "batchvl" logs, INFO and above, by `write`, inside the `with`."""
+    logger = logging.getLogger("batchvl")
+    handler = LogHandler(write)
+    level = logger.level
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        if not any(isinstance(other, LogHandler) for other in logger.handlers):
+            logger.setLevel(level)
 
 
 class Progress:
@@ -89,10 +123,10 @@ class Progress:
         while True:
             await asyncio.sleep(LOG_SECONDS)
             if self._bar is None and self._before.rows + self.committed.rows != self._expected():
-                self.say(self._line())
+                self.write(self._line())
 
-    def say(self, text: str) -> None:
-        """A line for people, that does not break the bar."""
+    def write(self, text: str) -> None:
+        """Write a line without breaking the bar."""
         with self._lenient():
             if not self._quiet:
                 Bar.write(text, file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from .in_flight import InFlight, Pending
 from .messages import Alive
 from .process import EngineProcess
 from .utilization import UtilizationMeter
+
+logger = logging.getLogger(__name__)
 
 
 class EngineClient:
@@ -109,7 +112,7 @@ class EngineClient:
         await asyncio.wait([held.answer])
         held.answer.exception()  # a death then is nobody's news
 
-    async def watch(self, say: Callable[[str], None], log: Path) -> None:
+    async def watch(self, log: Path) -> None:
         """Aborts rows past their deadline and ends a process that makes no progress, for as long as it is awaited."""
         hang = self._options.hang_timeout
         while True:
@@ -127,7 +130,9 @@ class EngineClient:
             if self.rows.held and now - self._progress > hang and hung is not None and not hung.gone:
                 self._progress = now
                 hung.dump_stacks()
-                say(f"{self._name} hangs: no progress for {hang:g} s (--hang-timeout); where it stands is in {log}")
+                logger.warning(
+                    f"{self._name} hangs: no progress for {hang:g} s (--hang-timeout); where it stands is in {log}"
+                )
                 await asyncio.sleep(0.5)  # in which another may take its place
                 hung.kill(f"it made no progress for {hang:g} s (--hang-timeout)", "was ended, having hung,")
 

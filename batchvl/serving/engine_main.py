@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import gc
+import logging
 import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from ..engines.base import Engine
-from ..engines.registry import factory
+from ..engines.registry import ENGINE_TYPES
 from ..errors import UsageError
 from ..ipc.arena import ArenaView
 from ..ipc.channel import AsyncConnection
@@ -25,8 +27,31 @@ from ..ipc.watchdog import start_watchdog
 from ..types import Request
 from .messages import Abort, Alive, Answers, Infer, ModelResolved, Note, Open, Started, StartRefused, ToEngine
 
+logger = logging.getLogger("batchvl.serving.engine_main")
+
 ALIVE_SECONDS = 0.25
 """How often progress and waits for rows are told, where there are some."""
+
+
+class NoteHandler(logging.Handler):
+    """Forward log records to the runner as `Note` messages. Any thread may log.
+
+    Args:
+        send: Sends a message; called on the event loop on which the handler was made.
+    """
+
+    def __init__(self, send: Callable[[Note], None]) -> None:
+        super().__init__(logging.INFO)
+        self._send, self._loop = send, asyncio.get_running_loop()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            note = Note(self.format(record), record.levelno)
+        except Exception:
+            self.handleError(record)
+            return
+        with suppress(RuntimeError):  # the loop is closed: the process is about to exit
+            self._loop.call_soon_threadsafe(self._send, note)
 
 
 async def serve(sock: socket.socket) -> int:
@@ -37,13 +62,10 @@ async def serve(sock: socket.socket) -> int:
     )
     first = await inbox.get()
     assert isinstance(first, Open)
-    loop = asyncio.get_running_loop()
-
-    def say(text: str) -> None:
-        loop.call_soon_threadsafe(channel.send, Note(text))
-
+    logging.getLogger("batchvl").addHandler(NoteHandler(channel.send))
+    logging.getLogger("batchvl").setLevel(logging.INFO)
     try:
-        engine = factory(first.spec.engine)(first.spec, ArenaView(first.arena_fd, first.arena_size), say)
+        engine = ENGINE_TYPES[first.spec.engine].create(first.spec, ArenaView(first.arena_fd, first.arena_size))
         channel.send(ModelResolved(await engine.resolve()))
         info = await engine.start()
         gc.collect()

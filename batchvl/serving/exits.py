@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from ..config.units import pluralize
+from ..engines.registry import ENGINE_TYPES
 from ..errors import EngineLost, EngineUnavailable
 from ..hardware.limits import oom_kills
+
+logger = logging.getLogger(__name__)
 
 DEATHS_BEFORE_FIRST_ANSWER = 2
 DEATHS_WITHOUT_PROGRESS = 5
@@ -21,11 +24,6 @@ _SEARCHED = 64 * 1024
 """Bytes of the log's end in which the reason may stand: the stacks of a hung process push it up."""
 _GPU_FULL = re.compile(r"CUDA out of memory|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|out of memory", re.I)
 _HOST_FULL = re.compile(r"^MemoryError|std::bad_alloc|DefaultCPUAllocator|Cannot allocate memory", re.M)
-_GPU_ADVICE = {
-    "lmdeploy": "lower --cache-max-entry-count, --session-len or --engine-option max_batch_size=N, take a quantised "
-    "model, or share it among more GPUs (--tp)"
-}
-_GPU_ADVICE_OTHERWISE = "lower --batch-size, --max-tiles or --max-new-tokens, or take a smaller model"
 _HOST_ADVICE = "give the job more memory (--mem), or lower --image-workers or --arena-bytes"
 
 
@@ -63,8 +61,8 @@ class Unkillable(EngineExited):
 class RestartPolicy:
     """The deaths of one engine's processes: counted and told, until one is the last. name: the engine's, for people."""
 
-    def __init__(self, name: str, say: Callable[[str], None], log: Path) -> None:
-        self._name, self._say, self._log = name, say, log
+    def __init__(self, name: str, log: Path) -> None:
+        self._name, self._log = name, log
         self._told: set[str] = set()
         self.count = 0
         self._in_vain = self._refusals = 0
@@ -95,10 +93,10 @@ class RestartPolicy:
         elif self._in_vain >= DEATHS_WITHOUT_PROGRESS:
             lost = f"the engine died {self._in_vain} times without an answer in between"
         if lost:
-            self._say(told)
+            logger.error("%s", told)
             raise EngineLost(f"{lost}: {died}")
         again = "tried" if refused else "started"
-        self._say(f"{told}; it is {again} again" + (f" in {self.pause:g} s" if self.pause else ""))
+        logger.warning(f"{told}; it is {again} again" + (f" in {self.pause:g} s" if self.pause else ""))
         if not refused:
             after = "; its rows are asked again after all others, in ever smaller groups" if held else ""
             self._once("words", f"note: its last words are in {self._log}{after}")
@@ -112,7 +110,7 @@ class RestartPolicy:
     def _once(self, what: str, text: str) -> None:
         if text and what not in self._told:
             self._told.add(what)
-            self._say(text)
+            logger.warning("%s", text)
 
 
 class ExitDiagnoser:
@@ -139,7 +137,7 @@ class ExitDiagnoser:
         if _HOST_FULL.search(log):
             return f"it had too little memory: {_HOST_ADVICE}"
         if _GPU_FULL.search(log):
-            return f"the GPU's memory was full: {_GPU_ADVICE.get(self._engine, _GPU_ADVICE_OTHERWISE)}"
+            return f"the GPU's memory was full: {ENGINE_TYPES[self._engine].gpu_memory_advice}"
         if by_signal == signal.SIGKILL:
             return f"perhaps it was the kernel, for lack of memory: {_HOST_ADVICE}"
         return ""

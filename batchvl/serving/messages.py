@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from ..engines.base import EngineInfo, EngineSpec
 from ..images.preparation import PreparationSpec
 from ..types import Request, Response, Struct
@@ -57,9 +59,10 @@ class Alive(Struct, frozen=True, tag="alive"):
 
 
 class Note(Struct, frozen=True, tag="note"):
-    """A line for people: why the engine keeps them waiting."""
+    """A log record of the engine's process."""
 
     text: str
+    level: int = logging.INFO
 
 
 FromEngine = ModelResolved | Started | StartRefused | Answers | Alive | Note

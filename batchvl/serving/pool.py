@@ -8,7 +8,8 @@ the model that the first one found.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from types import TracebackType
 import msgspec
 
 from ..config.options import EngineOptions
-from ..engines.base import EngineInfo, EngineSpec, ignore
+from ..engines.base import EngineInfo, EngineSpec
 from ..errors import BatchvlError, EngineLost, UsageError
 from ..hardware.gpus import GpuAssignment
 from ..images.preparation import PreparationSpec
@@ -30,13 +31,14 @@ from .process import LaunchContext
 from .recycle import RecyclePolicy
 from .replica import ModelPin, Replica
 
+logger = logging.getLogger(__name__)
+
 
 class ReplicaPool:
     """An engine in each of several places, an async context manager.
 
     `preparation` is known once entered, `info` once `started` has returned; `answer` may be called before. The first
-    place's log is `log`, the others' lie beside it. `say` is told, in a line for people each, what befalls the
-    processes.
+    place's log is `log`, the others' lie beside it.
     """
 
     preparation: PreparationSpec | None
@@ -50,16 +52,15 @@ class ReplicaPool:
         lifeline: ParentPipe,
         environment: Mapping[str, str],
         log: Path,
-        say: Callable[[str], None] = ignore,
     ) -> None:
-        self._pin, self._queue, self._say = ModelPin(spec), Dispatcher(), say
+        self._pin, self._queue = ModelPin(spec), Dispatcher()
         self._replicas: list[Replica] = []
         for number, place in enumerate(places):
             name = f"the engine on {place}" if len(places) > 1 else "the engine"
             own = log.with_stem(f"{log.stem}-{place.tag}") if number else log
             surroundings = LaunchContext(arena, lifeline, {**environment, **place.environment}, own)
-            limit = RecyclePolicy(options.engine_memory, say, name, len(places))
-            replica = Replica(name, surroundings, options, self._pin, self._queue, limit, say, self._over)
+            limit = RecyclePolicy(options.engine_memory, name, len(places))
+            replica = Replica(name, surroundings, options, self._pin, self._queue, limit, self._over)
             self._replicas.append(replica)
         self._lost: BatchvlError | None = None
         self._killed = False
@@ -207,7 +208,9 @@ class ReplicaPool:
         if left and (self._queue.answers or not replica.died_with):
             if not self._killed:
                 why = str(replica.lost).partition("\n")[0]
-                self._say(f"{replica.name} is lost, and the run goes on with {left} of {len(self._replicas)}: {why}")
+                logger.warning(
+                    f"{replica.name} is lost, and the run goes on with {left} of {len(self._replicas)}: {why}"
+                )
             replica.feed.rows.give_back(died)
             if self._queue.only is replica.feed:
                 self._queue.only = self._newest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from ..storage.disk import as_stopped_early
 from ..types import Request, Response
 from .exits import EngineExited, ExitDiagnoser, Unkillable
 from .messages import Abort, Alive, Answers, FromEngine, Infer, ModelResolved, Note, Open, Started, StartRefused
+
+logger = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 10.0
 """How long a process may live on whose socket is closed, by whichever side, before it is killed."""
@@ -46,17 +49,15 @@ class EngineProcess:
 
     `resolved` and `started` are futures; `died` is set once it is reaped, or was given up as `Unkillable`.
 
-    `answered` is called with each list of responses, `alive` with every sign of life, `say` with what it has to tell.
+    `answered` is called with each list of responses, `alive` with every sign of life.
     """
 
-    def __init__(
-        self, answered: Callable[[list[Response]], None], alive: Callable[[Alive], None], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, answered: Callable[[list[Response]], None], alive: Callable[[Alive], None]) -> None:
         loop = asyncio.get_running_loop()
         self.resolved: asyncio.Future[PreparationSpec | None] = loop.create_future()
         self.started: asyncio.Future[EngineInfo] = loop.create_future()
         self.died: asyncio.Future[EngineExited] = loop.create_future()
-        self._answered, self._alive, self._say = answered, alive, say
+        self._answered, self._alive = answered, alive
         self._ended_for: str | None = None
         self._how = ""
         self._killed: float | None = None
@@ -136,8 +137,8 @@ class EngineProcess:
                 self._answered(responses)
             case Alive():
                 self._alive(message)
-            case Note(text):
-                self._say(text)
+            case Note(text, level):
+                logger.log(level, "%s", text)
             case ModelResolved(preparation):
                 self._resolved_at = time.monotonic()
                 if not self.resolved.done():
@@ -178,7 +179,7 @@ class EngineProcess:
                 self.kill(f"it lived on for {LEAVE_SECONDS:g} s when its socket was closed")
             if now > (self._killed or leave_by) + UNKILLABLE_SECONDS:
                 died: EngineExited = Unkillable(alive, state_of(alive), UNKILLABLE_SECONDS)
-                self._say(str(died))
+                logger.error("%s", died)
                 break
             await asyncio.sleep(_LOOK_SECONDS)
         else:

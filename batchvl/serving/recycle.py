@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 
 from ..hardware.limits import memory
+
+logger = logging.getLogger(__name__)
 
 LEAST_STARTS = 10
 LEAST_UP_SECONDS = 300.0
@@ -19,16 +21,14 @@ _LEAST_GAIN = 1.25
 class RecyclePolicy:
     """The limit of `--engine-memory`, in bytes, lifted where a new process would soon be where the old one was.
 
-    `say` is told when that is so, once of each cause. The memory there is, each of the replicas has its part of.
+    Each cause is logged once. The memory there is, each of the replicas has its part of.
     """
 
-    def __init__(
-        self, asked: int | None, say: Callable[[str], None], name: str = "the engine", replicas: int = 1
-    ) -> None:
+    def __init__(self, asked: int | None, name: str = "the engine", replicas: int = 1) -> None:
         self._memory = memory() // replicas
         self._asked = asked if asked is not None else self._memory * 3 // 4
         self.bytes = self._asked
-        self._say, self._name = say, name
+        self._name = name
         self._told: set[str] = set()
         self._settled = 0.0
 
@@ -52,7 +52,7 @@ class RecyclePolicy:
         self.bytes = int(_LEAST_GAIN * held)
         if when not in self._told:
             self._told.add(when)
-            self._say(
+            logger.info(
                 f"note: {self._name} holds {format_bytes(held)} of memory {when}: it is started afresh at "
                 f"{format_bytes(self.bytes)}, not at {format_bytes(self._asked)} (--engine-memory)"
             )

@@ -10,6 +10,7 @@ it has answered those that it holds.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,8 @@ from .exits import EngineExited, RestartPolicy, RestartRefused, Unkillable
 from .process import EngineProcess, LaunchContext
 from .recycle import RecyclePolicy, format_bytes
 
+logger = logging.getLogger(__name__)
+
 MEMORY_SECONDS = 3.0
 """How often the memory of the engine's processes is looked at."""
 
@@ -35,8 +38,7 @@ MEMORY_SECONDS = 3.0
 class Replica:
     """An engine process and its successors, which share rows with other replicas by way of a queue.
 
-    name: "the engine", or which one it is. `say` is told, in a line for people each, what befalls it; `over` is called
-    once no other process will come.
+    name: "the engine", or which one it is. `over` is called once no other process will come.
     """
 
     def __init__(
@@ -47,14 +49,13 @@ class Replica:
         pin: ModelPin,
         queue: Dispatcher,
         limit: RecyclePolicy,
-        say: Callable[[str], None],
         over: Callable[[Replica], None],
     ) -> None:
         self.name, self._surroundings, self._options, self._pin = name, surroundings, options, pin
-        self._queue, self._limit, self._say, self._over = queue, limit, say, over
+        self._queue, self._limit, self._over = queue, limit, over
         self.feed = EngineClient(name, options, queue.changed)
         queue.feeds.append(self.feed)
-        self.deaths = RestartPolicy(name, say, surroundings.log)
+        self.deaths = RestartPolicy(name, surroundings.log)
         self.restarts = 0
         """How often a process was replaced because its memory had grown."""
         self.is_over = False
@@ -96,7 +97,7 @@ class Replica:
 
     def start(self) -> None:
         """Keeps it alive from now on, and starts the first process where `resolve` has not."""
-        lives = self._live(), self.feed.watch(self._say, self._surroundings.log), self._watch_memory()
+        lives = self._live(), self.feed.watch(self._surroundings.log), self._watch_memory()
         self._tasks = [asyncio.get_running_loop().create_task(life) for life in lives]
 
     def kill(self, reason: str) -> None:
@@ -118,7 +119,7 @@ class Replica:
             await self._closing
 
     async def _launch(self) -> EngineProcess:
-        process = EngineProcess(self._answered, self.feed.alive, self._say)
+        process = EngineProcess(self._answered, self.feed.alive)
         await process.open(self._pin.spec, self._surroundings)
         self._process = process
         if self._killed.is_set():
@@ -173,7 +174,7 @@ class Replica:
                 raise
             return RestartRefused(error)
         if self._down_since is not None:
-            self._say(f"{self.name} is up again, after {time.monotonic() - self._down_since:.1f} s")
+            logger.info(f"{self.name} is up again, after {time.monotonic() - self._down_since:.1f} s")
             self._down_since = None
         self._up = True
         self.feed.open(process, info)
@@ -212,7 +213,7 @@ class Replica:
             if self.feed.is_open and not process.gone and self._limit.exceeded(found):
                 held = len(self.feed.rows.held)
                 then = f", once it has answered the {pluralize(held)} that it has" if held else ""
-                self._say(
+                logger.info(
                     f"{self.name} holds {format_bytes(found)} of memory, more than {format_bytes(self._limit.bytes)} "
                     f"(--engine-memory): it is started afresh{then}"
                 )

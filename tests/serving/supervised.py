@@ -33,7 +33,6 @@ def request(row: int, *followups: str) -> Request:
 @asynccontextmanager
 async def supervised(
     log: Path,
-    said: list[str] | None = None,
     *,
     batch_size: int = 4,
     hang_timeout: float = 300.0,
@@ -42,14 +41,13 @@ async def supervised(
     replicas: int = 1,
     **fake: Any,
 ) -> AsyncIterator[ReplicaPool]:
-    """Engines that behave as `fake` says; what they tell people is appended to `said`."""
+    """Start replicas of the fake engine; `fake` are its options."""
     arena, lifeline = Arena(8, 4096), ParentPipe()
     spec = EngineSpec("fake", batch_size=batch_size, options={"pictures": False, **fake})
     options = EngineOptions(hang_timeout=hang_timeout, row_timeout=row_timeout, engine_memory=engine_memory)
-    say = said.append if said is not None else lambda line: None
     try:
         places = [GpuAssignment((number,)) for number in range(replicas)]
-        async with ReplicaPool(spec, options, places, arena, lifeline, dict(os.environ), log, say) as engine:
+        async with ReplicaPool(spec, options, places, arena, lifeline, dict(os.environ), log) as engine:
             yield engine
     finally:
         lifeline.close()

@@ -68,16 +68,16 @@ def test_the_kernels_count(tmp_path):
     assert oom_kills() >= 0
 
 
-def test_a_refusal_before_the_first_answer_is_no_configuration_error(tmp_path):
-    said, refused = [], RestartRefused(EngineUnavailable("no memory\nadvice"))
-    deaths = RestartPolicy("the engine", said.append, tmp_path / "log")
+def test_a_refusal_before_the_first_answer_is_no_configuration_error(tmp_path, logged):
+    refused = RestartRefused(EngineUnavailable("no memory\nadvice"))
+    deaths = RestartPolicy("the engine", tmp_path / "log")
     deaths.add(EngineExited("it died", "died"), 0, 0)
     for pause in (15, 30, 60):
         deaths.add(refused, 0, None)
         assert deaths.pause == pause
-        assert said[-1] == f"the engine refuses to start again: no memory; it is tried again in {pause} s"
+        assert logged[-1] == f"the engine refuses to start again: no memory; it is tried again in {pause} s"
     with pytest.raises(EngineLost, match=r"5 times .* no memory\nadvice"):
         deaths.add(refused, 0, None)
-    assert said[:2] == [
+    assert logged[:2] == [
         "the engine died with 0 rows in it; it is started again", f"note: its last words are in {tmp_path}/log"
     ]  # fmt: skip

@@ -19,13 +19,8 @@ from tests.serving.supervised import process_of, request, supervised
 
 
 @pytest.fixture
-def said():
-    return []
-
-
-@pytest.fixture
-def engines(tmp_path, said):
-    return partial(supervised, tmp_path / "engine.log", said, replicas=3)
+def engines(tmp_path, logged):
+    return partial(supervised, tmp_path / "engine.log", replicas=3)
 
 
 @pytest.fixture
@@ -97,7 +92,7 @@ def change(monkeypatch, which, **options):
     monkeypatch.setattr(EngineProcess, "open", open_)
 
 
-async def test_while_one_is_started_again_the_others_go_on(engines, said, tmp_path):
+async def test_while_one_is_started_again_the_others_go_on(engines, logged, tmp_path):
     async with engines(delay=0.02, start_delay=0.5) as e:
         first, second, third = await all_up(e)
         asked = [asyncio.create_task(e.answer(request(row))) for row in range(120)]
@@ -114,9 +109,9 @@ async def test_while_one_is_started_again_the_others_go_on(engines, said, tmp_pa
         assert [answer.texts for answer in await ask(e, *died)] == [(f"row {row}",) for row in died]
         assert (e.deaths, e.restarts) == (1, 0)
         assert [process_of(e, number).pid for number in (0, 2)] == [first, third]
-    assert said[0] == f"the engine on GPU 1 was killed by SIGKILL with {len(died)} rows in it; it is started again"
-    assert f"note: its last words are in {tmp_path}/engine-gpu1.log" in said[1]
-    assert re.fullmatch(r"the engine on GPU 1 is up again, after \d\.\d s", said[-1])
+    assert logged[0] == f"the engine on GPU 1 was killed by SIGKILL with {len(died)} rows in it; it is started again"
+    assert f"note: its last words are in {tmp_path}/engine-gpu1.log" in logged[1]
+    assert re.fullmatch(r"the engine on GPU 1 is up again, after \d\.\d s", logged[-1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine-gpu1.log", "engine-gpu2.log", "engine.log"]
 
 
@@ -150,7 +145,7 @@ async def test_suspects_are_one_replicas_alone_the_one_that_died_last(engines, h
         assert [process_of(e, number).pid for number in (0, 1)] == [first, second]
 
 
-async def test_one_that_is_lost_leaves_the_run_to_the_others(engines, said, monkeypatch):
+async def test_one_that_is_lost_leaves_the_run_to_the_others(engines, logged, monkeypatch):
     change(monkeypatch, 1, refuse="that it will not")
     async with engines() as e:
         while not any(replica.is_over for replica in e._replicas):
@@ -158,11 +153,11 @@ async def test_one_that_is_lost_leaves_the_run_to_the_others(engines, said, monk
         answers = await ask(e, *range(50))
         assert [answer.texts for answer in answers] == [(f"row {n}",) for n in range(50)]
         assert e.deaths == 0
-    [line] = said
+    [line] = logged
     assert re.fullmatch(r"the engine on GPU 1 is lost, and the run goes on with 2 of 3: .*that it will not", line)
 
 
-async def test_one_that_finds_no_room_to_start_again_is_tried_and_then_lost(engines, said, tmp_path, monkeypatch):
+async def test_one_that_finds_no_room_to_start_again_is_tried_and_then_lost(engines, logged, tmp_path, monkeypatch):
     monkeypatch.setattr(death, "REFUSED_SECONDS", 0.01)
     full = tmp_path / "full"
     async with engines(unavailable=str(full)) as e:
@@ -181,9 +176,9 @@ async def test_one_that_finds_no_room_to_start_again_is_tried_and_then_lost(engi
         while e.deaths < 6 or not e._queue.feeds[2].is_open:
             await asyncio.sleep(0.01)
         assert len(await ask(e, *range(30))) == 30
-    refusals = [line for line in said if "refuses" in line and "tried again" in line]
+    refusals = [line for line in logged if "refuses" in line and "tried again" in line]
     assert len(refusals) == 3
-    assert sum("is lost, and the run goes on with 2 of 3: the engine died 5 times" in line for line in said) == 1
+    assert sum("is lost, and the run goes on with 2 of 3: the engine died 5 times" in line for line in logged) == 1
 
 
 async def test_with_the_last_one_the_run_ends(engines):
@@ -223,7 +218,7 @@ async def test_two_deaths_of_one_over_rows_before_any_answer_end_the_run(engines
             await e.answer(request(200))
 
 
-async def test_two_deaths_of_one_while_all_start_are_its_own_affair(engines, said):
+async def test_two_deaths_of_one_while_all_start_are_its_own_affair(engines, logged):
     async with engines(start_delay=1.5) as e:
         for deaths in range(2):
             while (process := e._replicas[2]._process) is None or process.gone or e.deaths < deaths:
@@ -233,10 +228,11 @@ async def test_two_deaths_of_one_while_all_start_are_its_own_affair(engines, sai
                 await asyncio.sleep(0.01)
         assert [answer.texts for answer in await ask(e, 1, 2)] == [("row 1",), ("row 2",)]
         assert e._replicas[2].is_over
-    assert said[-1].startswith("the engine on GPU 2 is lost, and the run goes on with 2 of 3: the engine died 2 times")
+    lost = "the engine on GPU 2 is lost, and the run goes on with 2 of 3: the engine died 2 times"
+    assert logged[-1].startswith(lost)
 
 
-async def test_they_are_all_of_one_model(engines, tmp_path, said, monkeypatch):
+async def test_they_are_all_of_one_model(engines, tmp_path, logged, monkeypatch):
     hub = tmp_path / "hub"
     hub.write_text("first words")
     async with engines(hub=str(hub)) as e:
@@ -248,7 +244,7 @@ async def test_they_are_all_of_one_model(engines, tmp_path, said, monkeypatch):
             await asyncio.sleep(0.01)
         assert [answer.texts for answer in await ask(e, 2, 3)] == [("row 2",), ("row 3",)]
         assert e.info.revision == "first"
-    assert any("goes on with 2 of 3: the model has changed since the run began" in line for line in said)
+    assert any("goes on with 2 of 3: the model has changed since the run began" in line for line in logged)
 
 
 async def test_a_kill_ends_them_all(engines):

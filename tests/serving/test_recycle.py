@@ -37,9 +37,8 @@ def asked(monkeypatch, watched):
     return found
 
 
-async def test_a_grown_engine_is_replaced_and_every_row_asked_once(asked, tmp_path):
-    said = []
-    async with supervised(tmp_path / "log", said, grow=MIB, delay=0.01, spread=0.05, engine_memory=60 * MIB) as engine:
+async def test_a_grown_engine_is_replaced_and_every_row_asked_once(asked, tmp_path, logged):
+    async with supervised(tmp_path / "log", grow=MIB, delay=0.01, spread=0.05, engine_memory=60 * MIB) as engine:
         answers = await asyncio.gather(*(engine.answer(request(i)) for i in range(300)))
         assert engine.deaths == 0
         assert 2 <= engine.restarts <= 8
@@ -48,8 +47,8 @@ async def test_a_grown_engine_is_replaced_and_every_row_asked_once(asked, tmp_pa
     assert sorted(row for row, _ in asked) == list(range(300))
     assert len({pid for _, pid in asked}) == engine.restarts + 1
     pattern = r"the engine holds \d+ MiB of memory, more than 60 MiB \(--engine-memory\): it is started afresh, once"
-    assert sum(bool(re.match(pattern, line)) for line in said) in (engine.restarts, engine.restarts + 1)
-    assert sum("up again" in line for line in said) == engine.restarts
+    assert sum(bool(re.match(pattern, line)) for line in logged) in (engine.restarts, engine.restarts + 1)
+    assert sum("up again" in line for line in logged) == engine.restarts
 
 
 async def test_memory_of_forks_counts(asked, tmp_path):
@@ -59,14 +58,13 @@ async def test_memory_of_forks_counts(asked, tmp_path):
         assert await process_of(engine).memory() > 2 * await process_of(alone).memory()
 
 
-async def test_a_restart_must_gain_something(asked, tmp_path):
-    said = []
-    async with supervised(tmp_path / "log", said, engine_memory=MIB) as engine:
+async def test_a_restart_must_gain_something(asked, tmp_path, logged):
+    async with supervised(tmp_path / "log", engine_memory=MIB) as engine:
         await engine.answer(request(0))
         await asyncio.sleep(0.3)
         assert (await engine.answer(request(1))).texts == ("row 1",)
         assert (engine.restarts, engine.deaths) == (0, 0)
-    [note] = said
+    [note] = logged
     assert re.fullmatch(r"note: the engine holds \d+ MiB .* afresh at \d+ MiB, not at 1 MiB \(--engine-memory\)", note)
 
 
@@ -79,16 +77,16 @@ async def test_a_row_past_its_time_does_not_hold_up_the_restart(asked, tmp_path)
     assert slow.failure.code == "row_timeout"
 
 
-async def test_a_hang_while_it_waits_is_a_death(asked, tmp_path, monkeypatch):
+async def test_a_hang_while_it_waits_is_a_death(asked, tmp_path, monkeypatch, logged):
     monkeypatch.setattr("batchvl.serving.replica.MEMORY_SECONDS", 0.3)
-    said, hang = [], {"hang_on": [3], "hang_timeout": 0.9, "batch_size": 1}
-    async with supervised(tmp_path / "log", said, grow=80 * MIB, engine_memory=60 * MIB, **hang) as engine:
+    hang = {"hang_on": [3], "hang_timeout": 0.9, "batch_size": 1}
+    async with supervised(tmp_path / "log", grow=80 * MIB, engine_memory=60 * MIB, **hang) as engine:
         await engine.answer(request(1))
         with pytest.raises(EngineExited, match=r"no progress for 0\.9 s"):
             await engine.answer(request(3))
         assert (engine.deaths, engine.restarts) == (1, 0)
         assert (await engine.answer(request(2))).texts == ("row 2",)
-    assert said[0].endswith("it is started afresh, once it has answered the 1 row that it has")
+    assert logged[0].endswith("it is started afresh, once it has answered the 1 row that it has")
 
 
 async def test_the_run_may_end_while_the_engine_is_replaced(asked, tmp_path):
@@ -123,14 +121,13 @@ def test_a_run_counts_restarts(asked, tmp_path):
     assert not children()
 
 
-async def test_memory_that_grows_soon_after_the_start_lifts_the_limit(watched, tmp_path):
-    said = []
-    async with supervised(tmp_path / "log", said, grow=80 * MIB, engine_memory=60 * MIB) as engine:
+async def test_memory_that_grows_soon_after_the_start_lifts_the_limit(watched, tmp_path, logged):
+    async with supervised(tmp_path / "log", grow=80 * MIB, engine_memory=60 * MIB) as engine:
         for row in range(4):
             await engine.answer(request(row))
             await asyncio.sleep(0.2)
         assert (engine.restarts, engine.deaths) == (0, 0)
-    [note] = said
+    [note] = logged
     assert re.fullmatch(r"note: .* \d+ MiB of memory soon after its start: .* at \d+ MiB, not at 60 MiB .*", note)
 
 
@@ -141,34 +138,32 @@ def now(monkeypatch):
     return clock
 
 
-def test_the_limit_is_lifted_at_the_start():
-    said = []
-    limit = RecyclePolicy(100 * MIB, said.append)
+def test_the_limit_is_lifted_at_the_start(logged):
+    limit = RecyclePolicy(100 * MIB)
     limit.started(50 * MIB, 1)
-    assert (limit.bytes, said) == (100 * MIB, [])
+    assert (limit.bytes, logged) == (100 * MIB, [])
     limit.started(160 * MIB, 1)
     assert limit.bytes == 200 * MIB
     limit.started(120 * MIB, 1)
     assert limit.bytes == 150 * MIB
-    [note] = said
+    [note] = logged
     assert "160 MiB of memory from its start on: it is started afresh at 200 MiB, not at 100 MiB" in note
-    assert RecyclePolicy(None, said.append).bytes == memory() * 3 // 4
+    assert RecyclePolicy(None).bytes == memory() * 3 // 4
     assert format_bytes(3 * 2**29) == "1.5 GiB"
 
 
 @pytest.mark.parametrize(("seconds", "settled"), [(2, 300), (60, 600)])
-def test_a_restart_is_worth_its_time(seconds, settled, now):
-    said = []
-    limit = RecyclePolicy(100 * MIB, said.append)
+def test_a_restart_is_worth_its_time(seconds, settled, now, logged):
+    limit = RecyclePolicy(100 * MIB)
     limit.started(50 * MIB, seconds)
     now[0] += settled - 1
     assert not limit.exceeded(100 * MIB)
-    assert not said
+    assert not logged
     assert not limit.exceeded(120 * MIB)
     assert limit.bytes == 150 * MIB
     assert not limit.exceeded(160 * MIB)
     assert limit.bytes == 200 * MIB
-    assert len(said) == 1
+    assert len(logged) == 1
     now[0] += 1
     assert not limit.exceeded(200 * MIB)
     assert limit.exceeded(201 * MIB)
@@ -178,7 +173,7 @@ def test_a_restart_is_worth_its_time(seconds, settled, now):
 
 def test_a_new_process_is_replaced_all_the_same_before_the_kernel_ends_it(monkeypatch):
     monkeypatch.setattr("batchvl.serving.recycle.memory", lambda: 1000)
-    limit = RecyclePolicy(100, lambda line: None)
+    limit = RecyclePolicy(100)
     limit.started(50, 1.0)
     assert not limit.exceeded(890)
     limit.started(50, 1.0)

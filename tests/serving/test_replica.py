@@ -19,13 +19,8 @@ from tests.serving.supervised import process_of, request, supervised
 
 
 @pytest.fixture
-def said():
-    return []
-
-
-@pytest.fixture
-def engine(tmp_path, said):
-    return partial(supervised, tmp_path / "engine.log", said)
+def engine(tmp_path, logged):
+    return partial(supervised, tmp_path / "engine.log")
 
 
 async def test_every_row_gets_its_own_answer_out_of_order(engine):
@@ -84,14 +79,14 @@ async def test_five_deaths_in_vain_are_final_but_halving_counts_as_progress(engi
             await e.answer(request(1))
 
 
-async def test_a_hung_process_leaves_its_stacks_and_is_replaced(engine, tmp_path, said):
+async def test_a_hung_process_leaves_its_stacks_and_is_replaced(engine, tmp_path, logged):
     async with engine(hang_on=[3], hang_timeout=0.6) as e:
         await e.answer(request(1))
         with pytest.raises(EngineExited, match=r"no progress for 0\.6 s"):
             await e.answer(request(3))
         assert (await e.answer(request(4))).texts == ("row 4",)
     assert "Current thread" in (tmp_path / "engine.log").read_text()
-    hangs, ended = (line for line in said if line.startswith("the engine ") and "up again" not in line)
+    hangs, ended = (line for line in logged if line.startswith("the engine ") and "up again" not in line)
     assert (
         hangs
         == f"the engine hangs: no progress for 0.6 s (--hang-timeout); where it stands is in {tmp_path}/engine.log"
@@ -119,7 +114,7 @@ async def test_cancelling_a_row_waits_until_the_engine_lets_go(engine):
         assert not e.holds(1), "its extent is free from now on"
 
 
-async def test_killed_from_outside_it_comes_back_and_tells(engine, tmp_path, said):
+async def test_killed_from_outside_it_comes_back_and_tells(engine, tmp_path, logged):
     async with engine() as e:
         await e.answer(request(1))
         os.kill(process_of(e).pid, signal.SIGKILL)
@@ -127,19 +122,19 @@ async def test_killed_from_outside_it_comes_back_and_tells(engine, tmp_path, sai
             await asyncio.sleep(0.01)
         assert (await e.answer(request(2))).texts == ("row 2",)
         assert e.deaths == 1
-    died, where, advice, up = said
+    died, where, advice, up = logged
     assert died == "the engine was killed by SIGKILL with 0 rows in it; it is started again"
     assert where == f"note: its last words are in {tmp_path}/engine.log"
     assert "--mem" in advice
     assert re.fullmatch(r"the engine is up again, after \d+\.\d s", up)
 
 
-async def test_a_death_before_it_is_up_is_told_as_one(engine, said):
+async def test_a_death_before_it_is_up_is_told_as_one(engine, logged):
     async with engine(start_delay=60) as e:
         os.kill(process_of(e).pid, signal.SIGSEGV)
         while not e.deaths:
             await asyncio.sleep(0.01)
-    assert said[0] == "the engine was killed by SIGSEGV while it was starting; it is started again"
+    assert logged[0] == "the engine was killed by SIGSEGV while it was starting; it is started again"
 
 
 async def test_no_process_outlives_the_engine(engine):
@@ -290,7 +285,7 @@ async def test_an_engine_that_is_unavailable_at_first_is_refused(engine, full):
         assert e.deaths == 0
 
 
-async def test_a_refusal_to_start_again_may_pass(engine, full, said, monkeypatch):
+async def test_a_refusal_to_start_again_may_pass(engine, full, logged, monkeypatch):
     monkeypatch.setattr(death, "REFUSED_SECONDS", 0.1)
     async with engine(unavailable=str(full)) as e:
         for _ in range(2):
@@ -302,7 +297,7 @@ async def test_a_refusal_to_start_again_may_pass(engine, full, said, monkeypatch
             full.unlink()
         assert (await e.answer(request(2))).texts == ("row 2",)
         assert e.deaths == 6
-    refusals = [line for line in said if "refuses" in line]
+    refusals = [line for line in logged if "refuses" in line]
     assert refusals == 2 * [
         "the engine refuses to start again: no memory; it is tried again in 0.1 s",
         "the engine refuses to start again: no memory; it is tried again in 0.2 s",
@@ -360,7 +355,7 @@ LIVES_ON = (
 )
 
 
-async def test_a_hung_process_that_cannot_be_killed_ends_the_run(engine, unkillable, said, monkeypatch):
+async def test_a_hung_process_that_cannot_be_killed_ends_the_run(engine, unkillable, logged, monkeypatch):
     async with engine(stuck_on=[3], hang_timeout=0.2, batch_size=1, rows=1) as e:
         await e.answer(request(1))
         rows = [asyncio.create_task(e.answer(request(row))) for row in (3, 4)]
@@ -373,11 +368,11 @@ async def test_a_hung_process_that_cannot_be_killed_ends_the_run(engine, unkilla
         monkeypatch.setattr(process, "UNKILLABLE_SECONDS", 60)
         since = time.monotonic()
     assert time.monotonic() - since < 10, "nothing waits for it any more"
-    assert sum("hangs" in line for line in said) == 1
-    assert re.match(LIVES_ON, said[-1])
+    assert sum("hangs" in line for line in logged) == 1
+    assert re.match(LIVES_ON, logged[-1])
 
 
-async def test_a_process_that_cannot_be_killed_does_not_hold_up_the_end(engine, unkillable, said):
+async def test_a_process_that_cannot_be_killed_does_not_hold_up_the_end(engine, unkillable, logged):
     async with asyncio.timeout(10):
         async with engine(stuck_on=[3]) as e:
             await e.started()
@@ -385,7 +380,7 @@ async def test_a_process_that_cannot_be_killed_does_not_hold_up_the_end(engine, 
             await asyncio.sleep(0.1)
     with pytest.raises(EngineExited):
         await row
-    assert re.match(LIVES_ON, said[-1])
+    assert re.match(LIVES_ON, logged[-1])
 
 
 async def test_a_kill_for_good_does_not_wait_for_ever(engine, unkillable):
