@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from batchvl.config.options import RunOptions  # noqa: E402
-from batchvl.engines.spec import engine_spec  # noqa: E402
+from batchvl.engines.registry import engine_spec  # noqa: E402
 from batchvl.errors import UsageError  # noqa: E402
 from benchmarks.scenarios import QUESTIONS, Row  # noqa: E402
 
@@ -83,7 +83,7 @@ def load(options: dict[str, Any]) -> Any:
     from batchvl.engines.lmdeploy.model import ResolvedModel
 
     spec = engine_spec(RunOptions.of(engine="lmdeploy", **options))
-    backend = spec.lmdeploy["backend"]
+    backend = spec.flags["backend"]
     try:
         resolved = ResolvedModel(spec)
         resolved.wait(print)

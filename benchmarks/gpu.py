@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from batchvl.config.options import RunOptions  # noqa: E402
-from batchvl.engines.spec import engine_spec  # noqa: E402
+from batchvl.engines.registry import engine_spec  # noqa: E402
 from batchvl.errors import OptionError  # noqa: E402
 from batchvl.hardware import gpus as nvidia  # noqa: E402
 from batchvl.hardware.limits import cpus  # noqa: E402
@@ -91,7 +91,7 @@ def missing() -> str | None:
     if find_spec("lmdeploy") is None:
         return "needs LMDeploy, which is not installed here: pip install '.[lmdeploy]'"
     try:
-        nvidia.gpus()
+        nvidia.list_gpus()
     except nvidia.NoGpu as error:
         return f"needs an NVIDIA GPU: {error}"
     return None
@@ -122,7 +122,7 @@ def compare(told: argparse.Namespace, options: Options) -> tuple[list[Result], l
     faults: list[str] = []
     systems = [system for system in SYSTEMS if system in told.only.split(",")]
     gpus = visible()
-    print(f"{len(gpus)} x {nvidia.gpus()[0].name}, {cpus()} CPUs, LMDeploy {version('lmdeploy')}", flush=True)
+    print(f"{len(gpus)} x {nvidia.list_gpus()[0].name}, {cpus()} CPUs, LMDeploy {version('lmdeploy')}", flush=True)
     for scenario in dict.fromkeys(scenario for name in told.scenario for scenario in SCENARIOS[name]):
         if scenario.gpu_count > len(gpus):
             print(f"{scenario.name}: left out, it needs {scenario.gpu_count} GPUs, and there are {len(gpus)}")
@@ -153,7 +153,7 @@ def compare(told: argparse.Namespace, options: Options) -> tuple[list[Result], l
 def visible() -> list[str]:
     """CUDA's names of the GPUs that may be used."""
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(gpu.index) for gpu in nvidia.gpus()] if told is None else [name for name in told.split(",") if name]
+    return [str(gpu.index) for gpu in nvidia.list_gpus()] if told is None else [name for name in told.split(",") if name]
 
 
 def checkpoint(scenario: Scenario, folder: Path) -> Path:

@@ -1,7 +1,7 @@
-"""What works on this machine, and what to do about each thing that does not: `batchvl doctor`.
+"""Run all checks in order.
 
-Every check is a function to one `Finding`. Libraries are imported in processes of their own (`engines/probe.py`), since
-one that is broken may hang or take its process along.
+Each check is a function that returns a `Finding`. Libraries are imported in separate processes (`engines/probe.py`),
+because a broken one may hang or abort.
 """
 
 from __future__ import annotations
@@ -13,52 +13,43 @@ from dataclasses import asdict
 from typing import Any
 
 from .._version import __version__
-from ..engines.probe import PROBES, Facts, Probe
+from ..engines.probe import Facts, Probe
+from ..engines.registry import LIBRARIES
 from . import gpus, libraries, machine
 from .finding import Finding, Verdict
 
-__all__ = ["Finding", "Verdict", "as_json", "examine"]
+__all__ = ["as_json", "examine"]
 
 
-def examine(seconds: float, say: Callable[[str], object] = str) -> Iterator[Finding]:
-    """Each finding as it is made; the last one is a `Verdict`.
+def examine(timeout: float, on_progress: Callable[[str], object] = str) -> Iterator[Finding]:
+    """Check this machine. Yield each finding as soon as it is known; the last one is a `Verdict`.
 
-    seconds: for importing the libraries. say: is told what takes long, and "" when it is over.
+    Args:
+        timeout: Seconds that importing the libraries may take.
+        on_progress: Called with a message before a slow check, and with "" after it.
     """
-    yield machine.python()
-    yield machine.processors()
-    gpu, usable = gpus.graphics()
+    yield machine.check_python()
+    yield machine.check_cpus()
+    gpu, gpu_usable = gpus.check_gpus()
     yield gpu
-    yield machine.memory()
-    yield machine.disk()
-    yield machine.open_files()
-    yield (shared := machine.shared_memory())
-    yield machine.slurm()
-    say(f"importing {', '.join(PROBES)} ...")
-    facts = _probe(seconds)  # last, since it takes memory of the GPU for a moment
-    say("")
-    usable = usable or bool(facts["torch"].gpus)
-    yield libraries.torch(facts["torch"], usable)
-    yield libraries.lmdeploy(facts["lmdeploy"], usable)
-    yield libraries.turbomind(facts["turbomind"], facts["lmdeploy"], usable)
-    yield libraries.transformers(facts["transformers"])
-    yield libraries.verdict(facts, shared)
-
-
-def _probe(seconds: float) -> dict[str, Facts]:
-    """All libraries at once, each in its own process."""
-    until = time.monotonic() + seconds
-    probes: list[Probe] = []
-    try:
-        probes += (Probe(name) for name in PROBES)
-        return {probe.name: probe.facts(until) for probe in probes}
-    finally:
-        for probe in probes:
-            probe.end()
+    yield machine.check_memory()
+    yield machine.check_disk()
+    yield machine.check_open_files()
+    yield (shared_memory := machine.check_shared_memory())
+    yield machine.check_slurm()
+    on_progress(f"importing {', '.join(LIBRARIES)} ...")
+    facts = _probe_libraries(timeout)  # last, because it briefly takes GPU memory
+    on_progress("")
+    gpu_usable = gpu_usable or bool(facts["torch"].gpus)
+    yield libraries.check_torch(facts["torch"], gpu_usable)
+    yield libraries.check_lmdeploy(facts["lmdeploy"], gpu_usable)
+    yield libraries.check_turbomind(facts["turbomind"], facts["lmdeploy"], gpu_usable)
+    yield libraries.check_transformers(facts["transformers"])
+    yield libraries.verdict(facts, shared_memory)
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """All that `examine` found as one object."""
+    """Return the findings of `examine` as a JSON object."""
     last = findings[-1]
     return {
         "version": __version__,
@@ -67,3 +58,15 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
         "engine": last.engine if isinstance(last, Verdict) else None,
         "findings": [asdict(finding) for finding in findings],
     }
+
+
+def _probe_libraries(timeout: float) -> dict[str, Facts]:
+    """Import all libraries concurrently, each in its own process."""
+    deadline = time.monotonic() + timeout
+    probes: list[Probe] = []
+    try:
+        probes += (Probe(name) for name in LIBRARIES)
+        return {probe.name: probe.facts(deadline) for probe in probes}
+    finally:
+        for probe in probes:
+            probe.end()

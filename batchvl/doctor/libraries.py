@@ -1,4 +1,4 @@
-"""The engines' libraries, from what their probes found, and which engine runs."""
+"""Check the engines' libraries, and decide which engine `batchvl run` uses."""
 
 from __future__ import annotations
 
@@ -6,124 +6,139 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from ..engines import registry
 from ..engines.probe import Facts
+from ..engines.registry import (
+    ENGINE_TYPES,
+    LMDEPLOY,
+    TORCH,
+    TRANSFORMERS,
+    TURBOMIND,
+    EngineType,
+    Library,
+    choose_engine,
+)
 from ..errors import EngineUnavailable
 from .finding import Finding, Verdict
 
-SUPPORTED = {"torch": ">=2.6", "transformers": ">=5", "lmdeploy": ">=0.18,<0.19"}
-"""The versions that pyproject.toml asks for."""
-NEEDS = {"lmdeploy": ("torch", "lmdeploy"), "transformers": ("torch", "transformers")}
-"""The libraries of each engine, the fastest engine first."""
 TRANSFORMERS_MODEL = "OpenGVLab/InternVL3-1B-hf"
+"""A model that the transformers engine supports, unlike the default one."""
+PYTORCH_INSTALL = "https://pytorch.org/get-started/locally"
 
 
-def torch(facts: Facts, gpu: bool) -> Finding:
-    """gpu: whether there is one that torch should see."""
-    if wrong := _wrong("torch", "torch", facts, "transformers"):
-        return wrong
+def check_torch(facts: Facts, gpu: bool) -> Finding:
+    """Check torch.
+
+    Args:
+        facts: The result of its probe.
+        gpu: Whether this machine has a GPU that torch should be able to use.
+    """
+    if problem := _problem(TORCH, facts):
+        return problem
     if facts.gpus:
         names = ", ".join(f"{count} x {name}" for name, count in Counter(facts.gpus).items())
-        found = f"{facts.version} for {facts.built_for}, computes on {names.removeprefix('1 x ')}"
-        return Finding("ok", "torch", found)
+        return Finding("ok", "torch", f"{facts.version} for {facts.built_for}, runs on {names.removeprefix('1 x ')}")
     if not gpu:
-        return Finding("ok", "torch", f"{facts.version}{facts.built_for and ' for '}{facts.built_for}, on the CPU")
+        build = f" for {facts.built_for}" if facts.built_for else ""
+        return Finding("ok", "torch", f"{facts.version}{build}, runs on the CPU")
     if not facts.built_for:
-        found = f"{facts.version}, built for CPUs only"
-        advice = "install a build for CUDA in its place: https://pytorch.org/get-started/locally"
-    else:
-        found = f"{facts.version} for {facts.built_for}, computes on no GPU: {facts.no_gpu}"
-        advice = "update the driver, or install a torch for an older CUDA: https://pytorch.org/get-started/locally"
-        if "memory" in facts.no_gpu:
-            advice = "its memory is taken: wait, or choose another GPU by CUDA_VISIBLE_DEVICES"
-    return Finding("warn", "torch", found, advice)
+        text = f"{facts.version}, a build without GPU support"
+        return Finding("warn", "torch", text, f"install a build for CUDA instead: {PYTORCH_INSTALL}")
+    text = f"{facts.version} for {facts.built_for}, cannot use the GPU: {facts.no_gpu}"
+    advice = f"update the driver, or install torch for an older CUDA: {PYTORCH_INSTALL}"
+    if "memory" in facts.no_gpu:
+        advice = "its memory is in use: wait, or select another GPU with CUDA_VISIBLE_DEVICES"
+    return Finding("warn", "torch", text, advice)
 
 
-def lmdeploy(facts: Facts, gpu: bool) -> Finding:
+def check_lmdeploy(facts: Facts, gpu: bool) -> Finding:
+    """Check LMDeploy. `gpu`: whether this machine has a GPU that can be used."""
     if not facts.installed and not gpu:
-        return Finding("missing", "LMDeploy", "not installed", "nothing to do here: it needs a GPU")
-    if wrong := _wrong("lmdeploy", "LMDeploy", facts, "lmdeploy"):
-        return wrong
-    return Finding("ok", "LMDeploy", facts.version + ("" if gpu else "; it needs a GPU to run"))
+        return Finding("missing", LMDEPLOY.title, "not installed", "not needed here: it requires a GPU")
+    if problem := _problem(LMDEPLOY, facts):
+        return problem
+    return Finding("ok", LMDEPLOY.title, facts.version + ("" if gpu else "; requires a GPU to run"))
 
 
-def turbomind(facts: Facts, lmdeploy: Facts, gpu: bool) -> Finding:
-    """The native part of LMDeploy, which has needs of its own."""
-    what = "TurboMind"
+def check_turbomind(facts: Facts, lmdeploy: Facts, gpu: bool) -> Finding:
+    """Check LMDeploy's native backend, which needs shared libraries of its own."""
+    what = TURBOMIND.title
     if not facts.installed:
-        return Finding("missing", what, "comes with LMDeploy, whose fastest backend it is")
+        return Finding("missing", what, "not installed; it is part of LMDeploy, and its fastest backend")
     if not lmdeploy.usable:
         return Finding("missing", what, "cannot be loaded without LMDeploy")
     if facts.error:
-        why = "until then LMDeploy computes by its slower PyTorch backend" if gpu else "it needs a GPU"
-        command = f"{'' if gpu else '; with one:'}\n  {facts.advice}" if facts.advice else ""
-        return Finding("missing", what, facts.error, why + command)
-    return Finding("ok", what, "its native module loads, with all of its libraries")
+        consequence = "without it, LMDeploy uses its slower PyTorch backend" if gpu else "it requires a GPU"
+        command = f"{'; to fix it:' if gpu else '; with one:'}\n  {facts.advice}" if facts.advice else ""
+        return Finding("missing", what, facts.error, consequence + command)
+    return Finding("ok", what, "the native module loads, with all of its libraries")
 
 
-def transformers(facts: Facts) -> Finding:
-    return _wrong("transformers", "transformers", facts, "transformers") or Finding("ok", "transformers", facts.version)
+def check_transformers(facts: Facts) -> Finding:
+    """Check transformers."""
+    return _problem(TRANSFORMERS, facts) or Finding("ok", "transformers", facts.version)
 
 
-def verdict(facts: Mapping[str, Facts], shared: Finding) -> Verdict:
-    """Which engine `batchvl run` takes here."""
+def verdict(facts: Mapping[str, Facts], shared_memory: Finding) -> Verdict:
+    """Return which engine `batchvl run` uses here by default, and what to do if it cannot run."""
     what = "batchvl run"
-    if shared.level == "missing":
-        return Verdict("missing", what, "cannot run here: there is no shared memory for pictures", shared.advice)
-    can = [name for name in NEEDS if _can(name, facts)]
-    instead = f"until that is mended:\n  batchvl run --engine {can[0]} MANIFEST" if can else ""
+    if shared_memory.level == "missing":
+        return Verdict("missing", what, "cannot run here: images need shared memory", shared_memory.advice)
+    runnable = [engine.name for engine in ENGINE_TYPES.values() if engine.automatic and _can_run(engine, facts)]
+    workaround = f"until this is fixed:\n  batchvl run --engine {runnable[0]} MANIFEST" if runnable else ""
     try:
-        engine = registry.choose("auto")
+        engine = choose_engine("auto")
     except EngineUnavailable as error:
-        found, _, advice = str(error).partition("\n")
-        return Verdict("warn" if can else "missing", what, found, instead or advice)
-    if engine in can:
-        advice = f"name a model that it knows: --model {TRANSFORMERS_MODEL}; see it work:\n  batchvl demo"
+        text, _, advice = str(error).partition("\n")
+        return Verdict("warn" if runnable else "missing", what, text, workaround or advice)
+    if engine in runnable:
         place = "GPU" if facts["torch"].gpus else "CPU"
         if engine == "lmdeploy":
-            place += ", by TurboMind" if facts["turbomind"].usable else ", by its PyTorch backend"
-            advice = ""
-        return Verdict("ok", what, f"takes the engine {engine}, on the {place}", advice, engine)
-    broken = [library for library in NEEDS.get(engine, ()) if not facts[library].usable]
-    why = f"{' and '.join(broken)} cannot be used" if broken else "torch computes on no GPU"
-    found = f"would take the engine {engine}, but {why}: see above"
-    if can:
-        return Verdict("warn", what, found, instead, engine)
-    return Verdict("missing", what, found, "mend that, or start with a fresh environment")
+            backend = "TurboMind" if facts["turbomind"].usable else "its PyTorch backend"
+            return Verdict("ok", what, f"uses the engine {engine} on the {place}, with {backend}", engine=engine)
+        advice = f"choose a model that it supports: --model {TRANSFORMERS_MODEL}; to see it work:\n  batchvl demo"
+        return Verdict("ok", what, f"uses the engine {engine} on the {place}", advice, engine)
+    broken = [library.name for library in ENGINE_TYPES[engine].libraries if not facts[library.name].usable]
+    reason = f"{' and '.join(broken)} cannot be used" if broken else "torch cannot use a GPU"
+    text = f"would use the engine {engine}, but {reason}: see above"
+    if runnable:
+        return Verdict("warn", what, text, workaround, engine)
+    return Verdict("missing", what, text, "fix this, or start with a new environment")
 
 
-def _can(engine: str, facts: Mapping[str, Facts]) -> bool:
-    there = all(facts[library].usable for library in NEEDS[engine])
-    return there and engine in registry.ENGINES and (engine != "lmdeploy" or bool(facts["torch"].gpus))
+def _can_run(engine: EngineType, facts: Mapping[str, Facts]) -> bool:
+    usable = all(facts[library.name].usable for library in engine.libraries)
+    return usable and (not engine.needs_gpu or bool(facts["torch"].gpus))
 
 
-def _wrong(library: str, what: str, facts: Facts, extra: str) -> Finding | None:
-    """What is wrong with a library, if anything is."""
-    install = f"  pip install 'batchvl[{extra}]'"
+def _problem(library: Library, facts: Facts) -> Finding | None:
+    """Return what is wrong with a library, or None."""
+    what = library.title or library.name
+    install = f"  pip install 'batchvl[{library.extra}]'"
     if not facts.installed:
         return Finding("missing", what, "not installed", install)
     if facts.error:
-        found = f"{facts.version and f'{facts.version}: '}{facts.error}"
+        text = f"{facts.version and f'{facts.version}: '}{facts.error}"
         if facts.error.endswith("hangs"):
-            return Finding("missing", what, found, "a slow disk? give it longer:\n  batchvl doctor --timeout 600")
-        again = f"  pip install --force-reinstall --no-deps '{library}{SUPPORTED[library]}'"
-        return Finding("missing", what, found, install if facts.error.startswith("ModuleNotFoundError") else again)
-    if not _within(facts.version, SUPPORTED[library]):
-        return Finding("warn", what, f"{facts.version}; batchvl is made for {SUPPORTED[library]}", install)
+            advice = "if the disk is slow, allow more time:\n  batchvl doctor --timeout 600"
+            return Finding("missing", what, text, advice)
+        reinstall = f"  pip install --force-reinstall --no-deps '{library.name}{library.versions}'"
+        return Finding("missing", what, text, install if facts.error.startswith("ModuleNotFoundError") else reinstall)
+    if not _is_within(facts.version, library.versions):
+        return Finding("warn", what, f"{facts.version}; batchvl supports {library.versions}", install)
     return None
 
 
-def _within(version: str, wanted: str) -> bool:
-    """Whether a version is within bounds such as ">=0.18,<0.19".
+def _is_within(version: str, bounds: str) -> bool:
+    """Return whether a version is within bounds such as ">=0.18,<0.19".
 
-    >>> _within("0.18.2", ">=0.18,<0.19"), _within("0.19.0rc1", ">=0.18,<0.19"), _within("2.13.0+cpu", ">=2.6")
+    >>> _is_within("0.18.2", ">=0.18,<0.19"), _is_within("0.19.0rc1", ">=0.18,<0.19"), _is_within("2.13+cpu", ">=2.6")
     (True, False, True)
     """
-    ours = _numbers(version)
-    bounds = [re.fullmatch(r"(>=|<)([\d.]+)", bound.strip()) for bound in wanted.split(",")]
-    return all(bound and (ours >= _numbers(bound[2])) == (bound[1] == ">=") for bound in bounds)
+    release = _release(version)
+    matches = [re.fullmatch(r"(>=|<)([\d.]+)", bound.strip()) for bound in bounds.split(",")]
+    return all(match and (release >= _release(match[2])) == (match[1] == ">=") for match in matches)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
+def _release(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()

@@ -1,65 +1,68 @@
-"""The engine's contract: what every engine does, in a process of its own."""
+"""The contract between batchvl and an engine: what it is started with, what it reports and what it does.
+
+An engine runs in a process of its own (`serving/engine_main.py`) and knows nothing of the runner. What its users should
+read it logs to a logger below "batchvl", from any thread; records of level INFO and above reach the terminal.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import msgspec
 
 from ..images.preparation import PreparationSpec
-from ..ipc.arena import ArenaView
 from ..types import Request, Response, Sampling, Struct
 
 
 class EngineSpec(Struct, frozen=True):
-    """Which engine to start, and what it is told. Crosses into the engine's process."""
+    """Which engine to start, and its settings. Sent to the engine's process."""
 
     engine: str
-    """A name of `registry.ENGINES`."""
+    """Key of `registry.ENGINE_TYPES`."""
     model: str = ""
     revision: str | None = None
     trust_remote_code: bool = False
     max_tiles: int | None = None
-    """At most so many tiles a picture; None is the model's own setting."""
+    """Upper limit of tiles per image; None keeps the model's own."""
     draft_decode: bool = False
-    """Whether a picture's file may be decoded with fewer pixels than it has."""
+    """Whether an image file may be decoded at reduced resolution."""
     batch_size: int | None = None
     dtype: str = "auto"
     device: str = "auto"
     sampling: Sampling = Sampling()
-    """The run's default: what the engine cannot honour of it is an error before start."""
+    """Defaults of the run; an engine refuses to start with settings that it cannot honour."""
     options: dict[str, Any] = msgspec.field(default_factory=dict)
-    """The engine's own, of `--engine-option`."""
-    lmdeploy: dict[str, Any] = msgspec.field(default_factory=dict)
-    """The options of `LmdeployOptions`, by name."""
+    """Values of `--engine-option`."""
+    flags: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The engine's own option group, such as `LmdeployOptions`, by name."""
     hang_timeout: float = 300.0
-    """Seconds without progress after which the engine may take itself for hung."""
+    """Seconds without progress after which the engine may report itself as hung."""
 
 
 class EngineInfo(Struct, frozen=True):
-    """What really runs, told by `start`; it goes into the summary and the output's metadata."""
+    """What was actually started; returned by `Engine.start`, kept in the summary and in the output's metadata."""
 
     engine: str
     version: str
     model: str
     backend: str = ""
-    """What really computes: "cpu", "cuda:0 NVIDIA H200", "turbomind on NVIDIA H200", …"""
+    """What computes: "cpu", "cuda:0 NVIDIA H200", "turbomind on NVIDIA H200", …"""
     revision: str | None = None
     template_sha256: str | None = None
-    """Of the chat template, since answers depend on it."""
+    """Digest of the chat template, on which answers depend."""
     dtype: str = ""
     context: int | None = None
-    """Tokens of prompt, pictures and answer that fit."""
+    """Tokens that prompt, images and answer may have together."""
     batch_size: int = 32
-    """Rows of a list."""
+    """Rows per batch."""
     rows: int = 64
-    """So many rows in it keep the engine busy: those that it computes, and those that lie ready."""
+    """Rows in the engine that keep it busy: those that it computes and those that are ready to follow."""
     replicas: int = 1
-    """How many of them share the run's rows, each with GPUs of its own."""
+    """Replicas that share the run's rows, each with its own GPUs."""
     notes: tuple[str, ...] = ()
-    """What a user should know: where the engine does other than was asked, and why."""
+    """Remarks for the user: where the engine deviates from what was requested, and why."""
 
     def __str__(self) -> str:
         where = f" on {self.backend}" if self.backend else ""
@@ -68,74 +71,76 @@ class EngineInfo(Struct, frozen=True):
 
 
 class Engine(Protocol):
-    """One engine, driven on its process's event loop. It raises only when the engine itself is lost.
+    """One engine, driven on the event loop of its process. It raises only if the engine itself is lost.
 
-    The constructor takes an `EngineSpec`, an `ArenaView`, and what tells people a line, from any thread; it raises a
-    `UsageError` for what it cannot honour.
+    The constructor takes an `EngineSpec` and an `ArenaView`. It raises a `UsageError` for settings that the engine
+    cannot honour.
     """
 
     @property
     def steps(self) -> int:
-        """Grows with every sign of progress, such as a token: an engine with rows whose steps stand still is hung."""
+        """Counter that grows with every sign of progress, such as a token. If it stops while the engine has rows, the
+        engine hangs.
+        """
         ...
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds so far in which it was up and short of rows: could have computed more, and faster for it."""
+        """Total seconds in which the engine was up but short of rows: with more it would have been faster."""
         ...
 
     async def resolve(self) -> PreparationSpec | None:
-        """Finds the model's files, weights not loaded, and tells how its inputs are prepared; None: not at all.
+        """Find the model's files, without loading weights, and return how its inputs are prepared.
 
-        Raises a `UsageError` where model, library or device is missing or unsupported.
+        Returns:
+            The preparation that image workers run; None if they run none.
+
+        Raises:
+            UsageError: The model, a library or the device is missing or unsupported.
         """
         ...
 
     async def start(self) -> EngineInfo:
-        """Loads the model. Raises a `UsageError` where it cannot run here, with what to do about it."""
+        """Load the model.
+
+        Raises:
+            UsageError: The model cannot run here; the message says what to do about it.
+        """
         ...
 
     def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
-        """One response a request, in order of completion; several lists may be open at once.
+        """Yield one response per request of a batch, in order of completion. Several batches may be open at a time.
 
-        The turns of one row loop in here. A row's extent is read until its response is given, never after.
+        All turns of a row are asked in here. A request's extent of the arena is read only until its response is
+        yielded.
         """
         ...
 
     async def abort(self, row: int) -> None:
-        """Ends a row that is in the engine as soon as can be: its response is a failure, or what was ready."""
+        """End a row as soon as possible. Its response is a failure, or the answer if that was ready."""
         ...
 
     async def close(self) -> None:
-        """Lets go of the model."""
+        """Release the model."""
         ...
 
 
-class EngineFactory(Protocol):
-    """An engine's class."""
-
-    def __call__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = ...) -> Engine: ...
-
-
-def ignore(text: str) -> None:
-    """For an engine that nobody listens to."""
-
-
 class Stopwatch:
-    """Seconds for which something was so, summed. One thread sets it, any may read it."""
+    """Accumulate time while a condition holds. One thread sets the condition, any thread may read the time."""
 
     def __init__(self) -> None:
-        self._before = 0.0
+        self._total = 0.0
         self._since: float | None = None
 
-    def set(self, so: bool) -> None:
-        """Whether it is so from now on."""
+    def running(self, flag: bool) -> None:
+        """Set whether the condition holds from now on."""
         now, since = time.monotonic(), self._since
-        self._since = (since or now) if so else None
-        if since is not None and not so:
-            self._before += now - since
+        self._since = (since or now) if flag else None
+        if since is not None and not flag:
+            self._total += now - since
 
     @property
     def seconds(self) -> float:
+        """Time accumulated so far."""
         since = self._since
-        return self._before + (time.monotonic() - since if since is not None else 0.0)
+        return self._total + (time.monotonic() - since if since is not None else 0.0)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,7 @@ from ..errors import EngineError, EngineUnavailable, ModelError, OptionError, Ro
 from ..images.preparation import PreparationSpec
 from ..ipc.arena import ArenaView
 from ..types import Failure, Image, Request, Response, Struct
-from .base import EngineInfo, EngineSpec, Stopwatch, ignore
+from .base import EngineInfo, EngineSpec, Stopwatch
 
 _FOREVER = 1e6
 Seconds = Annotated[float, Meta(ge=0)]
@@ -70,7 +70,7 @@ class FakeEngine:
     The digest is over the tensors in the arena, so a test that knows the pictures can tell a swapped one.
     """
 
-    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = ignore) -> None:
+    def __init__(self, spec: EngineSpec, arena: ArenaView) -> None:
         self.steps = 0
         self._spec, self._arena = spec, arena
         try:
@@ -100,7 +100,7 @@ class FakeEngine:
         for _ in range(self._options.forks):
             _fork_idle()
         await asyncio.sleep(self._options.start_delay)
-        self._idle.set(True)
+        self._idle.running(True)
         size = self._spec.batch_size or 32
         return EngineInfo(
             "fake", "1", self._spec.model, "nothing",
@@ -109,7 +109,7 @@ class FakeEngine:
 
     async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
         """Answers in order of completion; without `delay` in the list's."""
-        self._idle.set(False)
+        self._idle.running(False)
         self._lists += 1
         options, arrived = self._options, time.monotonic()
         for request in requests:
@@ -133,7 +133,7 @@ class FakeEngine:
             self.steps += 1
             yield self._answer(request)
         self._lists -= 1
-        self._idle.set(not self._lists)
+        self._idle.running(not self._lists)
 
     async def abort(self, row: int) -> None:
         self._aborted.add(row)

@@ -13,7 +13,7 @@ import numpy
 from PIL import Image
 
 from batchvl.engines.base import Engine, EngineInfo, EngineSpec
-from batchvl.engines.registry import factory
+from batchvl.engines.registry import ENGINE_TYPES
 from batchvl.images.preparation import Preparation, PreparationSpec
 from batchvl.ipc.arena import Arena
 from batchvl.types import ContentPart, Extent, Message, Request, Response, Sampling, Tensor
@@ -64,7 +64,7 @@ class Line:
         return [(await self.ask(question))[0] for question in questions]
 
     async def prepared(self, request: Request, pictures: Sequence[Image.Image]) -> Request:
-        if not pictures and not self.preparation_spec.text_too:
+        if not pictures and not self.preparation_spec.prepares_text:
             return request
         arrays, tensors, at = self.preparation.prepare(request, pictures), [], 0
         for key, array in arrays.items():
@@ -89,7 +89,7 @@ def _made(spec: PreparationSpec) -> Preparation:
 async def started(spec: EngineSpec, *, megabytes: int = 16) -> AsyncIterator[Line]:
     """A Line for an engine, which is closed at the end."""
     arena = Arena(megabytes * 16)
-    engine = factory(spec.engine)(spec, arena)
+    engine = ENGINE_TYPES[spec.engine].create(spec, arena)
     try:
         preparation = await engine.resolve()
         assert preparation is not None

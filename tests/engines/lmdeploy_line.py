@@ -30,7 +30,7 @@ PREPARING = 8
 def spec(model: Path | str, *, flags: dict[str, Any] | None = None, **settings: Any) -> EngineSpec:
     """What the engine is told; `flags` are of LmdeployOptions."""
     lmdeploy = asdict(LmdeployOptions(**{"backend": "pytorch", **(flags or {})}))
-    return EngineSpec("lmdeploy", str(model), **{"dtype": "float16", "lmdeploy": lmdeploy, **settings})
+    return EngineSpec("lmdeploy", str(model), **{"dtype": "float16", "flags": lmdeploy, **settings})
 
 
 class CoreLine:

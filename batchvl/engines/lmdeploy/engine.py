@@ -15,7 +15,7 @@ from ...errors import EngineLost, EngineUnavailable, OptionError
 from ...images.preparation import PreparationSpec
 from ...ipc.arena import ArenaView
 from ...types import Request, Response
-from ..base import EngineInfo, EngineSpec, ignore
+from ..base import EngineInfo, EngineSpec
 from .idle import IdleMeter
 from .sampling import MAX_TEMPERATURE
 
@@ -33,15 +33,15 @@ class LmdeployEngine:
     stand still. Counts of tokens are of prompt and pictures, summed over the turns, and of the answers.
     """
 
-    def __init__(self, spec: EngineSpec, arena: ArenaView, say: Callable[[str], None] = ignore) -> None:
-        self._spec, self._arena, self._say = spec, arena, say
+    def __init__(self, spec: EngineSpec, arena: ArenaView) -> None:
+        self._spec, self._arena = spec, arena
         if spec.dtype == "float32":
             raise OptionError("--dtype float32: LMDeploy computes in float16 or bfloat16")
         if spec.sampling.temperature > MAX_TEMPERATURE:
             raise OptionError(
                 f"--temperature {spec.sampling.temperature:g}: LMDeploy takes {MAX_TEMPERATURE:g} at most"
             )
-        _narrow(spec.device, spec.lmdeploy["tp"])
+        _narrow(spec.device, spec.flags["tp"])
         self._resolved: ResolvedModel | None = None
         self._model: LoadedModel | None = None
         self._thread = ThreadPoolExecutor(1, "lmdeploy")
@@ -78,7 +78,7 @@ class LmdeployEngine:
         if self._resolved is None:
             await self.resolve()
         assert self._resolved is not None
-        await loop.run_in_executor(self._thread, self._resolved.wait, self._say)
+        await loop.run_in_executor(self._thread, self._resolved.wait)
         if self._resolved.wants_main_thread:
             self._model = self._resolved.load()
         else:

@@ -11,7 +11,7 @@ from ...errors import EngineUnavailable, ModelError, OptionError
 from ..base import EngineSpec
 from ..checkpoint import first_line
 from .chat import INTERNVL
-from .libraries import turbomind_missing
+from .libraries import turbomind_problem
 
 KNOWN_HEADS = (64, 128)
 """Sizes of vision heads that TurboMind has kernels for. Of another it aborts the process."""
@@ -25,7 +25,7 @@ def choose_backend(wanted: str, model: str, path: str, config: Any, trust_remote
     """
     if wanted == "pytorch":
         return "pytorch", None
-    if missing := turbomind_missing():
+    if missing := turbomind_problem():
         if wanted == "turbomind":
             raise EngineUnavailable(f"--backend turbomind: {missing}; --backend pytorch does without")
         return "pytorch", f"the backend is pytorch, slower than TurboMind, which does not load here: {missing}"
@@ -79,7 +79,7 @@ def engine_config(spec: EngineSpec, backend: str) -> Any:
 
     kind = TurbomindEngineConfig if backend == "turbomind" else PytorchEngineConfig
     names = {field.name for field in fields(kind)}
-    flags = {name: value for name, value in spec.lmdeploy.items() if name not in ("backend", "chat_template")}
+    flags = {name: value for name, value in spec.flags.items() if name not in ("backend", "chat_template")}
     for name in spec.options:
         if name in flags or name == "dtype":
             raise OptionError(f"--engine-option {name}: give it as --{name.replace('_', '-')}")

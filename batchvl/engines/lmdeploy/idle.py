@@ -42,7 +42,7 @@ class IdleMeter:
                 now = time.monotonic()
                 if not (await self._engine.get_schedule_metrics()).waiting_seqs:
                     empty = now
-                self._room.set(2 * self._pool.num_dispatched < self._pool.size and now - empty < QUEUE_SECONDS)
+                self._room.running(2 * self._pool.num_dispatched < self._pool.size and now - empty < QUEUE_SECONDS)
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
-            self._room.set(False)
+            self._room.running(False)

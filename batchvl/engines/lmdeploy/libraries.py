@@ -1,7 +1,7 @@
-"""Why TurboMind's native module does not load: which shared libraries it misses, and what brings them.
+"""Explain why TurboMind's native module does not load: which shared libraries are missing and what installs them.
 
-The loader's own error names the first missing library only. Here the module's ELF header is read instead: all that it
-needs, and where it looks. Imports neither torch nor lmdeploy by itself.
+The loader's own error names only the first missing library. Here the module's ELF header is read instead: everything
+that it needs, and where it looks. Importing this module imports neither torch nor lmdeploy.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import ctypes
 import glob
 import os
 import re
-import struct
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from ..probe import Facts
 
 INSTALL = "pip install 'batchvl[lmdeploy]'"
+REINSTALL = "python -m pip install --force-reinstall --no-deps 'lmdeploy>=0.18,<0.19'"
 PACKAGES = {
     "libcublas.so.12": "nvidia-cublas-cu12",
     "libcublasLt.so.12": "nvidia-cublas-cu12",
@@ -27,127 +31,125 @@ PACKAGES = {
     "libcurand.so.10": "nvidia-curand-cu12",
     "libnccl.so.2": "nvidia-nccl-cu12",
 }
-DRIVER = ("libcuda.so.1", "libnvidia-ml.so.1")
-_AGAIN = "python -m pip install --force-reinstall --no-deps 'lmdeploy>=0.18,<0.19'"
-_MODULE = "_turbomind"
-_LOAD, _DYNAMIC = 1, 2  # kinds of an ELF file's segments
-_END, _NEEDED, _STRTAB, _STRSZ, _RPATH, _RUNPATH = 0, 1, 5, 10, 15, 29  # kinds of its dynamic entries
+"""The Python package that installs each library."""
+DRIVER_LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1")
+MODULE = "_turbomind"
 
 
 @dataclass(frozen=True, slots=True)
-class Unloadable:
-    """What is wrong, and the command that mends it, "" where none does."""
+class LoadProblem:
+    """Why TurboMind does not load, and the command that fixes it ("" if none is known)."""
 
-    found: str
+    reason: str
     advice: str = ""
 
     def __str__(self) -> str:
-        return f"{self.found}; {self.advice}" if self.advice else self.found
+        return f"{self.reason}; {self.advice}" if self.advice else self.reason
 
 
-def turbomind_missing() -> str | None:
-    """None where TurboMind's native module loads in this process, else one line: what is missing and what brings it.
+def probe(package: str) -> Facts:
+    """Return whether TurboMind loads in this process: the probe of `batchvl doctor`."""
+    problem = turbomind_problem()
+    return Facts() if problem is None else Facts(error=problem.reason, advice=problem.advice)
 
-    Imports lmdeploy, and with it torch, whose own CUDA libraries count as there. Raises nothing.
+
+def turbomind_problem() -> LoadProblem | None:
+    """Return why TurboMind's native module does not load in this process; None if it loads.
+
+    Imports lmdeploy, and with it torch, whose own CUDA libraries count as present. Raises nothing.
     """
-    why = turbomind_unloadable()
-    return None if why is None else str(why)
-
-
-def turbomind_unloadable() -> Unloadable | None:
-    """The same as `turbomind_missing`, in two parts."""
     try:
         spec = find_spec("lmdeploy")
     except ValueError:
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        return Unloadable("lmdeploy is not installed", INSTALL)
-    folder = Path(next(iter(spec.submodule_search_locations))) / "turbomind"
-    built = sorted(path.name for path in folder.glob(f"{_MODULE}*.so"))
-    file = next((folder / name for name in built if name.removeprefix(_MODULE) in EXTENSION_SUFFIXES), None)
+        return LoadProblem("lmdeploy is not installed", INSTALL)
+    directory = Path(next(iter(spec.submodule_search_locations))) / "turbomind"
+    built = sorted(path.name for path in directory.glob(f"{MODULE}*.so"))
+    file = next((directory / name for name in built if name.removeprefix(MODULE) in EXTENSION_SUFFIXES), None)
     if file is None:
         return _not_built(built)
     try:
-        import_module(f"lmdeploy.turbomind.{_MODULE}")
+        import_module(f"lmdeploy.turbomind.{MODULE}")
     except (Exception, SystemExit) as error:
-        absent: list[str] = []
-        broken: list[str] = []
-        for name, why in missing_libraries(file):
-            (broken if why else absent).append(why or name)
-        if absent:
-            return _absent(absent)
-        words = " ".join("; ".join(broken or [f"{type(error).__name__}: {error}"]).split())
-        if isinstance(error, ModuleNotFoundError):
-            return Unloadable(words, INSTALL)
-        return Unloadable(words, _again(broken))
+        return _diagnose(file, error)
     return None
 
 
+def _diagnose(file: Path, error: BaseException) -> LoadProblem:
+    """Return why a native module whose import raised `error` does not load."""
+    absent: list[str] = []
+    broken: list[str] = []
+    with suppress(ImportError):  # without pyelftools the loader's error has to do
+        for name, message in missing_libraries(file):
+            if message:
+                broken.append(message)
+            else:
+                absent.append(name)
+    if absent:
+        return _absent(absent)
+    reason = " ".join("; ".join(broken or [f"{type(error).__name__}: {error}"]).split())
+    return LoadProblem(reason, INSTALL if isinstance(error, ModuleNotFoundError) else _reinstall(broken))
+
+
 def missing_libraries(file: Path) -> Iterator[tuple[str, str]]:
-    """Each library that the ELF file, or one that it brings along, needs and that does not load in this process: its
-    name, and "" where there is none, else the loader's words.
+    """Yield every library that an ELF file needs, directly or indirectly, and that does not load in this process.
+
+    Yields:
+        The library's name, and the loader's error, which is "" if the library does not exist.
     """
+    from elftools.common.exceptions import ELFError
+
     seen: set[str] = set()
     files = [file]
     while files:
         file = files.pop()
         try:
-            needed, folders = needs(file)
-        except (OSError, ValueError, struct.error):
-            continue  # the loader has said what it makes of it
+            needed, directories = read_needed(file)
+        except (OSError, ELFError):
+            continue  # the loader has reported the library that needs it
         for name in needed:
-            if name in seen or not _why_not(name):
+            if name in seen or not _load_error(name):
                 continue
             seen.add(name)
-            there = next((path for folder in folders if (path := folder / name).exists()), None)
-            if there is None:
+            path = next((path for directory in directories if (path := directory / name).exists()), None)
+            if path is None:
                 yield name, ""
-            elif why := _why_not(str(there)):
-                if os.path.basename(why.partition(":")[0]) != name:
-                    files.append(there)  # it is another one, which this one needs, that does not load
+            elif message := _load_error(str(path)):
+                if os.path.basename(message.partition(":")[0]) != name:
+                    files.append(path)  # it is fine itself; a library that it needs does not load
                 else:
-                    yield name, why
+                    yield name, message
 
 
-def needs(file: Path) -> tuple[list[str], list[Path]]:
-    """The libraries that an ELF file needs by name, and the folders where it has them looked for first.
+def read_needed(file: Path) -> tuple[list[str], list[Path]]:
+    """Return the names of the libraries that an ELF file needs, and the directories that it has searched first.
 
-    The file's layout is that of elf(5), for 64 bits and little-endian. Raises OSError, ValueError, struct.error.
+    Raises:
+        OSError: The file cannot be read.
+        elftools.common.exceptions.ELFError: It is not an ELF file.
     """
-    with file.open("rb") as elf:
-        header = elf.read(64)
-        if header[:6] != b"\x7fELF\x02\x01":
-            raise ValueError(f"{file} is no ELF file of 64 bits")
-        (start,) = struct.unpack_from("<Q", header, 32)
-        size, count = struct.unpack_from("<HH", header, 54)
-        elf.seek(start)
-        table = elf.read(size * count)
-        segments = [struct.unpack_from("<IIQQQQ", table, size * number) for number in range(count)]
-        loaded = [(address, offset, length) for kind, _, offset, address, _, length in segments if kind == _LOAD]
-        entries: list[tuple[int, int]] = []
-        for kind, _, offset, _, _, length in segments:
-            if kind == _DYNAMIC:
-                elf.seek(offset)
-                entries += struct.iter_unpack("<qQ", elf.read(length // 16 * 16))
-        values = dict(entries)
-        if _STRTAB not in values:
-            return [], []
-        at = next((o + values[_STRTAB] - a for a, o, n in loaded if a <= values[_STRTAB] < a + n), values[_STRTAB])
-        elf.seek(at)
-        strings = elf.read(values.get(_STRSZ, 0))
+    from elftools.elf.elffile import ELFFile
 
-    def string(position: int) -> str:
-        return os.fsdecode(strings[position : strings.index(b"\0", position)])
-
-    needed = [string(value) for tag, value in entries if tag == _NEEDED]
-    looked = ":".join(string(value) for tag, value in entries if tag in (_RPATH, _RUNPATH))
+    needed: list[str] = []
+    search: list[str] = []
     origin = str(file.resolve().parent)
-    folders = [part.replace("${ORIGIN}", origin).replace("$ORIGIN", origin) for part in looked.split(":") if part]
-    return needed, [Path(folder) for folder in folders]
+    with file.open("rb") as stream:
+        segments: Iterator[Any] = ELFFile(stream).iter_segments("PT_DYNAMIC")
+        for segment in segments:
+            for tag in segment.iter_tags():
+                match tag.entry.d_tag:
+                    case "DT_NEEDED":
+                        needed.append(tag.needed)
+                    case "DT_RPATH":
+                        search += tag.rpath.split(":")
+                    case "DT_RUNPATH":
+                        search += tag.runpath.split(":")
+    return needed, [Path(entry.replace("${ORIGIN}", origin).replace("$ORIGIN", origin)) for entry in search if entry]
 
 
-def _why_not(library: str) -> str:
-    """The loader's words if it does not load a library, by name or path; "" if it does, or has already."""
+def _load_error(library: str) -> str:
+    """Return the loader's error for a library, by name or path; "" if it loads or is already loaded."""
     try:
         ctypes.CDLL(library)
     except OSError as error:
@@ -155,44 +157,47 @@ def _why_not(library: str) -> str:
     return ""
 
 
-def _absent(names: Iterable[str]) -> Unloadable:
-    """Libraries that are not where TurboMind looks, with what brings each."""
-    brought: dict[str, list[str]] = {}
-    install, elsewhere, advice = [], [], []
+def _absent(names: Iterable[str]) -> LoadProblem:
+    """Return the problem of libraries that TurboMind does not find, with the source of each."""
+    by_source: dict[str, list[str]] = {}
+    packages: set[str] = set()
+    directories: list[str] = []
     for name in names:
-        if folder := _elsewhere(name):
-            source = f"in {folder}, where it does not look"
-            elsewhere.append(folder)
+        if directory := _installed_elsewhere(name):
+            source = f"in {directory}, which is not searched"
+            directories.append(directory)
         elif name in PACKAGES:
             source = PACKAGES[name]
-            install.append(source)
+            packages.add(source)
         else:
-            source = "the NVIDIA driver, on a GPU machine" if name in DRIVER else "a package of the system"
-        brought.setdefault(source, []).append(name)
-    found = ", ".join(f"{' and '.join(libraries)} ({source})" for source, libraries in brought.items())
-    if install:
-        advice.append(f"pip install {' '.join(sorted(set(install)))}")
-    if elsewhere:
-        folders = ":".join(dict.fromkeys(elsewhere))
-        advice.append(f'export LD_LIBRARY_PATH="{folders}:$LD_LIBRARY_PATH"')
-    return Unloadable(f"found no {found}", " && ".join(advice))
+            source = "part of the NVIDIA driver" if name in DRIVER_LIBRARIES else "a system package"
+        by_source.setdefault(source, []).append(name)
+    missing = ", ".join(f"{' and '.join(libraries)} ({source})" for source, libraries in by_source.items())
+    advice = []
+    if packages:
+        advice.append(f"pip install {' '.join(sorted(packages))}")
+    if directories:
+        search = ":".join(dict.fromkeys(directories))
+        advice.append(f'export LD_LIBRARY_PATH="{search}:$LD_LIBRARY_PATH"')
+    return LoadProblem(f"missing shared libraries: {missing}", " && ".join(advice))
 
 
-def _elsewhere(name: str) -> str | None:
-    """A folder of pip's nvidia packages that has the library: they were not installed beside lmdeploy."""
-    found = (glob.glob(f"{glob.escape(folder)}/nvidia/*/lib/{name}") for folder in sys.path if folder)
-    return next((os.path.dirname(paths[0]) for paths in found if paths), None)
+def _installed_elsewhere(name: str) -> str | None:
+    """Return a directory of pip's nvidia packages with the library, if they are not installed next to lmdeploy."""
+    matches = (glob.glob(f"{glob.escape(directory)}/nvidia/*/lib/{name}") for directory in sys.path if directory)
+    return next((os.path.dirname(paths[0]) for paths in matches if paths), None)
 
 
-def _again(broken: Iterable[str]) -> str:
-    """What to install again: the packages of libraries that are there and do not load, else lmdeploy."""
-    packages = {package for name, package in PACKAGES.items() if any(name in words for words in broken)}
-    return f"pip install --force-reinstall --no-deps {' '.join(sorted(packages))}" if packages else _AGAIN
+def _reinstall(messages: Iterable[str]) -> str:
+    """Return the command that reinstalls the packages of libraries that exist and do not load, else lmdeploy."""
+    packages = {package for name, package in PACKAGES.items() if any(name in message for message in messages)}
+    return f"pip install --force-reinstall --no-deps {' '.join(sorted(packages))}" if packages else REINSTALL
 
 
-def _not_built(files: Iterable[str]) -> Unloadable:
-    tags = {match[1] for name in files if (match := re.fullmatch(rf"{_MODULE}\.(.+)\.so", name))}
+def _not_built(files: Iterable[str]) -> LoadProblem:
+    tags = {match[1] for name in files if (match := re.fullmatch(rf"{MODULE}\.(.+)\.so", name))}
     if not tags:
-        return Unloadable("this lmdeploy was built without TurboMind", _AGAIN)
-    here = EXTENSION_SUFFIXES[0].strip(".").removesuffix(".so")
-    return Unloadable(f"TurboMind is not built for this Python: found {', '.join(sorted(tags))}, want {here}", _AGAIN)
+        return LoadProblem("this lmdeploy was built without TurboMind", REINSTALL)
+    this_python = EXTENSION_SUFFIXES[0].strip(".").removesuffix(".so")
+    reason = f"TurboMind is not built for this Python: found {', '.join(sorted(tags))}, expected {this_python}"
+    return LoadProblem(reason, REINSTALL)

@@ -7,7 +7,6 @@ import json
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class ResolvedModel:
         self._known = lmdeploy.__version__.startswith(SERIES)
         if not self._known:
             self._note(f"LMDeploy {lmdeploy.__version__}: batchvl was made with and for {SERIES}x")
-        tp = spec.lmdeploy["tp"]
+        tp = spec.flags["tp"]
         if not gpu.count():
             raise EngineUnavailable(
                 "the engine lmdeploy needs an NVIDIA GPU, and torch finds none here (`batchvl doctor` says more); "
@@ -80,7 +79,7 @@ class ResolvedModel:
         path, trust = self._checkpoint.path, spec.trust_remote_code
         self._hf_config = configuration(self._checkpoint, spec.model, trust)
         architecture = self._hf_config.architectures[0]
-        self._backend, note = choose_backend(spec.lmdeploy["backend"], spec.model, path, self._hf_config, trust)
+        self._backend, note = choose_backend(spec.flags["backend"], spec.model, path, self._hf_config, trust)
         self._note(note)
         if not check_vl_llm(self._backend, self._hf_config.to_dict()):
             raise ModelError(
@@ -91,7 +90,7 @@ class ResolvedModel:
         own = getattr(text_config(self._hf_config), "max_position_embeddings", None)
         if own and (self.config.session_len or 0) > own:
             self._note(f"--session-len {self.config.session_len}: the model was made for {own} tokens")
-        self._template = Template(path, spec.lmdeploy["chat_template"], trust)
+        self._template = Template(path, spec.flags["chat_template"], trust)
         self._note(self._template.note)
         self._chat = Chat(architecture, picture_settings(architecture, spec.max_tiles))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
@@ -123,10 +122,10 @@ class ResolvedModel:
         }
         return PreparationSpec("batchvl.engines.lmdeploy.preparation:Preparation", options, special_tokens=special)
 
-    def wait(self, say: Callable[[str], None]) -> None:
+    def wait(self) -> None:
         """Waits for the GPU's memory, telling `say`. Raises EngineUnavailable where the weights do not fit."""
-        weights = self._checkpoint.weight_bytes // self._spec.lmdeploy["tp"]
-        gpu.wait_for_memory(0, weights, say)
+        weights = self._checkpoint.weight_bytes // self._spec.flags["tp"]
+        gpu.wait_for_memory(0, weights)
         if self._backend == "turbomind":
             free = gpu.memory()[0] - weights
             apply_memory_defaults(self.config, self._spec.options, text_config(self._hf_config), free)
@@ -220,7 +219,7 @@ class ResolvedModel:
     def _memory(self, weights: int) -> str:
         tp = self.config.tp
         each = f" for each of {tp} GPUs" if tp > 1 else ""
-        return f"  {gpu.told()}, of its files' weights {weights / 2**30:.1f} GiB{each}"
+        return f"  {gpu.describe_memory()}, of its files' weights {weights / 2**30:.1f} GiB{each}"
 
     def _advice(self) -> str:
         config = self.config

@@ -77,7 +77,7 @@ class Preparation:
         self._mark(inputs["multimodal"], [images[number] for number in order] if images else [])
         return pack(inputs)
 
-    def used(self, width: int, height: int) -> tuple[int, int] | None:
+    def resized_size(self, width: int, height: int) -> tuple[int, int] | None:
         """See `Scaling`. None for a model of neither InternVL's nor Qwen2-VL's kind."""
         return resized_size(self._architecture, self._encoder.model, self._settings, width, height)
 
