@@ -1,4 +1,4 @@
-"""The GPUs, who uses them, and what to do where there is none."""
+"""Check the GPUs: which can be used, who else uses them, and what to do if there is none."""
 
 from __future__ import annotations
 
@@ -8,76 +8,88 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..hardware.gpus import Gpu, NoAnswer, NoGpu, filter_visible, gpus
-from .finding import Finding, Level, size
+from ..hardware.gpus import VISIBLE_DEVICES, DriverHangs, Gpu, NoGpu, filter_visible, list_gpus
+from .finding import Finding, Level, format_size
+
+MAX_BUSY = 3
+"""GPUs in use that are listed one by one."""
+MAX_USERS = 2
+"""Processes of a GPU that are listed."""
 
 
-def graphics(environment: Mapping[str, str] = os.environ) -> tuple[Finding, bool]:
-    """The GPUs, and whether there is one that may be used."""
+def check_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Finding, bool]:
+    """Return the finding about the GPUs, and whether one can be used."""
     try:
-        found = gpus()
+        gpus = list_gpus()
     except NoGpu as error:
-        if isinstance(error, NoAnswer):
-            advice = "the driver may hang; what the kernel says of it:\n  sudo dmesg | grep -i xid"
-            return Finding("warn", "GPU", str(error), advice), True
-        if "version mismatch" in str(error):
-            advice = "the driver was updated under a running system: restart the machine"
-        elif "no NVIDIA driver" in str(error) and Path("/dev/nvidiactl").exists():
-            advice = "in a container, to see more:\n  NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-            return Finding("warn", "GPU", "nvidia-smi is not there, the driver's devices are", advice), True
-        elif "SLURM_JOB_ID" in environment:
-            advice = "ask Slurm for one: --gres=gpu:1"
-        elif shutil.which("srun"):
-            advice = "look on a node that has one:\n  srun --gres=gpu:1 batchvl doctor"
-        else:
-            advice = "nothing to do for small models: they run on the CPU, slowly"
-        return Finding("missing", "GPU", str(error), advice), False
-    told = environment.get("CUDA_VISIBLE_DEVICES")
-    ours = filter_visible(found, environment)
-    of = "" if told is None else f"; CUDA_VISIBLE_DEVICES={told}"
-    if not ours:
-        text = f"{_models(found)} here, hidden by CUDA_VISIBLE_DEVICES={told!r}"
-        return Finding("warn", "GPU", text, "  unset CUDA_VISIBLE_DEVICES"), False
-    if len(ours) < len(found):
-        of += f" leaves these of {len(found)}"
-    level, remarks, advice = _use(ours)
-    text = f"{_models(ours)}, driver {ours[0].driver}{_free(ours)}{of}{''.join(f'; {remark}' for remark in remarks)}"
-    return Finding(level, "GPU" if len(ours) == 1 else "GPUs", text, advice), True
+        return _no_gpu(error, environment)
+    variable = environment.get(VISIBLE_DEVICES)
+    visible = filter_visible(gpus, environment)
+    selection = "" if variable is None else f"; {VISIBLE_DEVICES}={variable}"
+    if not visible:
+        text = f"{_models(gpus)}, hidden by {VISIBLE_DEVICES}={variable!r}"
+        return Finding("warn", "GPU", text, f"  unset {VISIBLE_DEVICES}"), False
+    if len(visible) < len(gpus):
+        selection += f" selects {len(visible)} of {len(gpus)}"
+    level, remarks, advice = _usage(visible)
+    parts = [f"{_models(visible)}, driver {visible[0].driver}{_free_memory(visible)}{selection}", *remarks]
+    return Finding(level, "GPU" if len(visible) == 1 else "GPUs", "; ".join(parts), advice), True
 
 
-def _use(ours: Sequence[Gpu]) -> tuple[Level, list[str], str]:
-    """Who else is there, and what to do about that."""
-    if bare := [gpu for gpu in ours if gpu.mig and not gpu.slices]:
-        advice = f"make slices, or turn it off:\n  sudo nvidia-smi -i {bare[0].index} -mig 0"
-        return "warn", [f"GPU {bare[0].index}: MIG is on, and no slice of it is here"], advice
-    busy = [gpu for gpu in ours if gpu.busy]
-    remarks = []
-    for gpu in busy[:3]:
-        users = ", ".join(gpu.users[:2]) or "processes that cannot be seen from here"
-        if len(gpu.users) > 2:
-            users += f" and {len(gpu.users) - 2} more"
-        lead = f"GPU {gpu.index} has {size(gpu.free)} free, " if len(ours) > 1 else ""
-        remarks.append(f"{lead}in use by {users}")
-    if len(busy) > 3:
-        remarks.append(f"{len(busy) - 3} more are in use")
-    idle = [str(gpu.index) for gpu in ours if not gpu.busy]
+def _no_gpu(error: NoGpu, environment: Mapping[str, str]) -> tuple[Finding, bool]:
+    """Return the finding if no GPU was found, and whether there may be one all the same."""
+    if isinstance(error, DriverHangs):
+        advice = "the driver may hang; look at the kernel's log:\n  sudo dmesg | grep -i xid"
+        return Finding("warn", "GPU", str(error), advice), True
+    if "version mismatch" in str(error):
+        advice = "the driver was updated while the system was running: restart the machine"
+    elif "no NVIDIA driver" in str(error) and Path("/dev/nvidiactl").exists():
+        text = "nvidia-smi is not installed, but the driver's device files exist"
+        advice = "in a container, for more details, set:\n  NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        return Finding("warn", "GPU", text, advice), True
+    elif "SLURM_JOB_ID" in environment:
+        advice = "request one from Slurm: --gres=gpu:1"
+    elif shutil.which("srun"):
+        advice = "try a node that has one:\n  srun --gres=gpu:1 batchvl doctor"
+    else:
+        advice = "not needed for small models, which also run on the CPU, slowly"
+    return Finding("missing", "GPU", str(error), advice), False
+
+
+def _usage(gpus: Sequence[Gpu]) -> tuple[Level, list[str], str]:
+    """Return the level, remarks on the use of GPUs by others, and advice."""
+    if unsliced := [gpu for gpu in gpus if gpu.mig and not gpu.slices]:
+        index = unsliced[0].index
+        advice = f"create MIG instances, or disable MIG:\n  sudo nvidia-smi -i {index} -mig 0"
+        return "warn", [f"GPU {index}: MIG is enabled, but no MIG instance is available here"], advice
+    busy = [gpu for gpu in gpus if gpu.busy]
     if not busy:
-        return "ok", remarks, ""
-    if idle:
-        return "warn", remarks, f"take others:\n  export CUDA_VISIBLE_DEVICES={','.join(idle)}"
-    return "warn", remarks, "a model that needs more memory than is free does not load: wait, or end what is there"
+        return "ok", [], ""
+    remarks = []
+    for gpu in busy[:MAX_BUSY]:
+        users = ", ".join(gpu.users[:MAX_USERS]) or "processes that are not visible from here"
+        if len(gpu.users) > MAX_USERS:
+            users += f" and {len(gpu.users) - MAX_USERS} more"
+        lead = f"GPU {gpu.index} has {format_size(gpu.free)} free, " if len(gpus) > 1 else ""
+        remarks.append(f"{lead}in use by {users}")
+    if len(busy) > MAX_BUSY:
+        remarks.append(f"{len(busy) - MAX_BUSY} more in use")
+    if idle := [str(gpu.index) for gpu in gpus if not gpu.busy]:
+        return "warn", remarks, f"use only the idle ones:\n  export {VISIBLE_DEVICES}={','.join(idle)}"
+    return "warn", remarks, "a model that does not fit into the free memory fails to load: wait, or end those processes"
 
 
-def _free(ours: Sequence[Gpu]) -> str:
-    """Memory of all that are alike; those in use by others are told apart."""
-    idle = [gpu for gpu in ours if not gpu.busy] or list(ours)
-    if any(gpu.mig for gpu in ours) or idle[0].free is None:
-        slices = ", ".join(f"{count} x {name}" for name, count in Counter(s for g in ours for s in g.slices).items())
-        return f", MIG slices {slices}" if slices else ""
+def _free_memory(gpus: Sequence[Gpu]) -> str:
+    """Return the free memory of the idle GPUs, or of all if none is idle, for the finding's text."""
+    idle = [gpu for gpu in gpus if not gpu.busy] or list(gpus)
+    if any(gpu.mig for gpu in gpus) or idle[0].free is None:
+        profiles = Counter(profile for gpu in gpus for profile in gpu.slices)
+        slices = ", ".join(f"{count} x {profile}" for profile, count in profiles.items())
+        return f", MIG instances {slices}" if slices else ""
     least = min(gpu.free or 0 for gpu in idle)
-    return f", {size(least)} of {size(idle[0].total)} free" + (" each" if len(idle) > 1 else "")
+    return f", {format_size(least)} of {format_size(idle[0].total)} free" + (" each" if len(idle) > 1 else "")
 
 
-def _models(found: Sequence[Gpu]) -> str:
-    names = Counter(gpu.name for gpu in found)
-    return ", ".join(f"{count} x {name}" if len(found) > 1 else name for name, count in names.items())
+def _models(gpus: Sequence[Gpu]) -> str:
+    names = Counter(gpu.name for gpu in gpus)
+    return ", ".join(f"{count} x {name}" if len(gpus) > 1 else name for name, count in names.items())

@@ -1,4 +1,4 @@
-"""The machine and what of it is ours, GPUs aside."""
+"""Check Python, CPUs, memory, disk, limits and Slurm."""
 
 from __future__ import annotations
 
@@ -12,74 +12,83 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .._version import __version__
-from ..hardware import limits as resources
-from ..hardware.commands import run_command
-from .finding import GIB, Finding, size
+from ..hardware import limits, slurm
+from .finding import GIB, Finding, format_size
 
-FILES = 4096
-"""Fewer files that may be open are too few for many fetches at once."""
-
-
-def python() -> Finding:
-    where = sys.executable.replace(os.path.expanduser("~") + os.sep, "~/")
-    return Finding("ok", "Python", f"{sys.version.split()[0]}, {where}; batchvl {__version__}")
+MIN_OPEN_FILES = 4096
+"""Limit on open files below which many concurrent fetches may fail."""
+MIN_FREE_MEMORY = 4 * GIB
+MIN_FREE_DISK = 5 * GIB
 
 
-def processors() -> Finding:
-    ours, all_ = resources.cpus(), os.cpu_count() or 1
-    found = f"{ours} usable" if ours == all_ else f"{ours} usable of this host's {all_}"
-    if ours < 2:
-        advice = "pictures are prepared on CPUs, and one keeps no GPU busy; in Slurm: --cpus-per-task=8"
-        return Finding("warn", "CPUs", found, advice)
-    return Finding("ok", "CPUs", found)
+def check_python() -> Finding:
+    """Report the version and path of Python, and batchvl's version."""
+    path = sys.executable.replace(os.path.expanduser("~") + os.sep, "~/")
+    return Finding("ok", "Python", f"{sys.version.split()[0]}, {path}; batchvl {__version__}")
 
 
-def memory() -> Finding:
-    granted = resources.memory()
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = f"{size(granted)} usable" + (f" of this host's {size(host)}" if granted < 0.99 * host else "")
+def check_cpus() -> Finding:
+    """Check that there is more than one usable CPU."""
+    usable, total = limits.cpus(), os.cpu_count() or 1
+    text = f"{usable} usable" if usable == total else f"{usable} usable of {total} on this host"
+    if usable < 2:
+        advice = "images are prepared on CPUs, and one CPU cannot keep a GPU busy; in Slurm: --cpus-per-task=8"
+        return Finding("warn", "CPUs", text, advice)
+    return Finding("ok", "CPUs", text)
+
+
+def check_memory() -> Finding:
+    """Check the free memory, and report how much of the host's this process may use."""
+    usable = limits.memory()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    text = f"{format_size(usable)} usable" + (f" of {format_size(total)} on this host" if usable < 0.99 * total else "")
     try:
-        line = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
-        line = None
-    free = min(granted, int(line[1]) * 1024) if line else granted
-    if line:
-        found += f", {size(free)} free"
-    if free < 4 * GIB:
-        return Finding("warn", "memory", found, "too little for most models; in Slurm, --mem=32G")
-    return Finding("ok", "memory", found)
+        match = None
+    free = min(usable, int(match[1]) * 1024) if match else usable
+    if match:
+        text += f", {format_size(free)} free"
+    if free < MIN_FREE_MEMORY:
+        return Finding("warn", "memory", text, "too little for most models; in Slurm: --mem=32G")
+    return Finding("ok", "memory", text)
 
 
-def disk() -> Finding:
-    """Of the current folder, where a manifest's results go unless told otherwise."""
+def check_disk() -> Finding:
+    """Check the current directory, where results usually go: by default, next to the manifest."""
     try:
         free = shutil.disk_usage(".").free
         writable = os.access(".", os.W_OK)
     except OSError as error:
-        return Finding("warn", "disk", f"the current folder cannot be read: {error.strerror}", "cd to another")
+        text = f"cannot read the current directory: {error.strerror}"
+        return Finding("warn", "disk", text, "change to another directory")
     if not writable:
-        return Finding("warn", "disk", "the current folder cannot be written", "put the output elsewhere: -o DIR")
-    found = f"{size(free)} free in the current folder"
-    if free < 5 * GIB:
-        return Finding("warn", "disk", found, "put the output elsewhere: -o DIR; models: export HF_HOME=DIR")
-    return Finding("ok", "disk", found)
+        text = "the current directory is not writable"
+        return Finding("warn", "disk", text, "write the output elsewhere: -o DIR")
+    text = f"{format_size(free)} free in the current directory"
+    if free < MIN_FREE_DISK:
+        advice = "write the output elsewhere: -o DIR; store models elsewhere: export HF_HOME=DIR"
+        return Finding("warn", "disk", text, advice)
+    return Finding("ok", "disk", text)
 
 
-def open_files() -> Finding:
+def check_open_files() -> Finding:
+    """Check the limit on open files."""
     soft, hard = (
         2**20 if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
     )
-    found = f"{soft:,} may be open" + (f", {hard:,} at most" if hard != soft else "")
-    if soft >= FILES:
-        return Finding("ok", "open files", found)
-    if hard >= FILES:
-        return Finding("warn", "open files", found, f"many fetches at once may fail:\n  ulimit -n {min(hard, 65536)}")
-    advice = "ask the administrator for more (limits.conf: nofile); a container: --ulimit nofile=65536"
-    return Finding("warn", "open files", found, advice)
+    text = f"{soft:,} allowed" + (f" (hard limit {hard:,})" if hard != soft else "")
+    if soft >= MIN_OPEN_FILES:
+        return Finding("ok", "open files", text)
+    if hard >= MIN_OPEN_FILES:
+        advice = f"many concurrent fetches may fail:\n  ulimit -n {min(hard, 65536)}"
+        return Finding("warn", "open files", text, advice)
+    advice = "ask the administrator to raise it (limits.conf: nofile); for a container: --ulimit nofile=65536"
+    return Finding("warn", "open files", text, advice)
 
 
-def shared_memory() -> Finding:
-    """Pictures cross processes in a memfd."""
+def check_shared_memory() -> Finding:
+    """Check that memfd works: processes share images through it."""
     try:
         fd = os.memfd_create("batchvl-doctor")
         try:
@@ -89,35 +98,29 @@ def shared_memory() -> Finding:
         finally:
             os.close(fd)
     except (AttributeError, OSError) as error:
-        why = getattr(error, "strerror", None) or "this system has none"
-        return Finding(
-            "missing", "shared memory", f"memfd: {why}", "needs Linux, and a sandbox that allows memfd_create"
-        )
+        reason = getattr(error, "strerror", None) or "not supported by this system"
+        advice = "use Linux, and a sandbox that allows memfd_create"
+        return Finding("missing", "shared memory", f"memfd: {reason}", advice)
     return Finding("ok", "shared memory", "memfd works")
 
 
-def slurm(environment: Mapping[str, str] = os.environ) -> Finding:
-    """Inside a job what was granted, else whether jobs can be handed in."""
-    if job := environment.get("SLURM_JOB_ID"):
-        if array := environment.get("SLURM_ARRAY_JOB_ID"):
-            job = f"{array}_{environment.get('SLURM_ARRAY_TASK_ID', '?')}"
-        cpus = environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE", "?")
-        mib = environment.get("SLURM_MEM_PER_NODE", "")
-        granted = [f"{cpus} CPUs", size(int(mib) * 2**20) if mib.isdigit() and int(mib) else ""]
-        if mib := environment.get("SLURM_MEM_PER_CPU", ""):
-            granted.append(f"{mib} MiB a CPU")
-        names = environment.get("SLURM_STEP_GPUS") or environment.get("SLURM_JOB_GPUS")
-        count = len(names.split(",")) if names else environment.get("SLURM_GPUS_ON_NODE", "no")
-        granted.append(f"{count} GPU{'' if str(count) == '1' else 's'}")
-        return Finding("ok", "Slurm", f"in job {job}: {', '.join(filter(None, granted))}")
+def check_slurm(environment: Mapping[str, str] = os.environ) -> Finding:
+    """Report the resources of the current job, or else whether jobs can be submitted from here."""
+    if job := slurm.current_job(environment):
+        resources = [
+            f"{job.cpus} CPUs" if job.cpus else "",
+            format_size(job.memory_per_node) if job.memory_per_node else "",
+            f"{format_size(job.memory_per_cpu)} per CPU" if job.memory_per_cpu else "",
+            f"{job.gpus or 'no'} GPU{'s' * (job.gpus != 1)}",
+        ]
+        return Finding("ok", "Slurm", f"in job {job.id}: {', '.join(filter(None, resources))}")
     try:
-        code, said = run_command(["sbatch", "--version"], 15)
+        code, version = slurm.sbatch_version()
     except FileNotFoundError:
-        return Finding("ok", "Slurm", "none here; batchvl needs it for clusters only")
+        return Finding("ok", "Slurm", "not installed; only needed on clusters")
     except OSError as error:
-        return Finding("warn", "Slurm", f"sbatch does not answer: {error}", "jobs cannot be handed in from here now")
-    words = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        return Finding("warn", "Slurm", f"cannot run sbatch: {error}", "jobs cannot be submitted from here now")
     if code:
-        advice = "if there is a cluster, say where its configuration is:\n  export SLURM_CONF=/etc/slurm/slurm.conf"
-        return Finding("warn", "Slurm", words or f"sbatch --version ends with {code}", advice)
-    return Finding("ok", "Slurm", f"sbatch of {words}; this is not a job")
+        advice = "if this is a cluster, name its configuration file:\n  export SLURM_CONF=/etc/slurm/slurm.conf"
+        return Finding("warn", "Slurm", version or f"sbatch --version: exit code {code}", advice)
+    return Finding("ok", "Slurm", f"sbatch is {version}; not inside a job")

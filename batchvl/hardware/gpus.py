@@ -1,104 +1,209 @@
-"""The GPUs of this machine and who uses them, as nvidia-smi tells; torch is not needed."""
+"""The GPUs of this machine, as nvidia-smi reports them (without torch), and which of them each replica uses."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config.options import RunOptions
 from ..errors import OptionError
 from .commands import run_command
+from .slurm import MIB
 
-SECONDS = 30.0
-"""How long nvidia-smi may take. Without its persistence daemon the driver needs seconds to wake many GPUs."""
+QUERY_SECONDS = 30.0
+"""Time limit of nvidia-smi. Without its persistence daemon, the driver needs seconds to initialise many GPUs."""
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+
 _FIELDS = "index,uuid,name,driver_version,memory.total,memory.free,mig.mode.current"
-_MIB = 2**20
+_DEV = Path("/dev")
 
 
 class NoGpu(Exception):
-    """There is no GPU that could be used; the message says why."""
+    """No GPU can be used here. The message gives the reason."""
 
 
-class NoAnswer(NoGpu):
-    """nvidia-smi hangs: there may be one."""
+class DriverHangs(NoGpu):
+    """nvidia-smi did not answer, so that nothing is known about the GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. Bytes are None where the driver does not tell them, as for a slice in a container."""
+    """A GPU. Amounts of memory are None if the driver does not report them, as for a MIG slice in a container."""
 
     index: int
     uuid: str
     name: str
     driver: str
+    """The driver's version."""
     total: int | None
+    """Bytes of memory."""
     free: int | None
+    """Bytes of free memory."""
     mig: bool = False
+    """Whether the GPU is partitioned (Multi-Instance GPU)."""
     slices: tuple[str, ...] = ()
-    """With MIG: the profiles of its slices, such as 3g.40gb."""
-    users: tuple[str, ...] = field(default=())
-    """Processes that have memory there, as "python (pid 17)". Empty as well where they are in other containers."""
+    """The profiles of its MIG slices, such as 3g.40gb."""
+    users: tuple[str, ...] = ()
+    """Processes that hold memory, such as "python (pid 17)". Those of other containers are not listed."""
 
     @property
     def busy(self) -> bool:
-        """Whether more than a tenth of its memory is taken."""
+        """Whether more than a tenth of the memory is in use."""
         return bool(self.total and self.free is not None and not self.mig and self.free < 0.9 * self.total)
 
 
-def gpus(seconds: float = SECONDS) -> list[Gpu]:
-    """All GPUs that this process could be given, whatever CUDA_VISIBLE_DEVICES says. Raises NoGpu."""
+def list_gpus(timeout: float = QUERY_SECONDS) -> list[Gpu]:
+    """Return all GPUs of this machine or container, whatever CUDA_VISIBLE_DEVICES says.
+
+    Raises:
+        NoGpu: There is none.
+        DriverHangs: nvidia-smi did not answer within `timeout` seconds.
+    """
     try:
-        code, said = run_command(["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"], seconds)
+        code, output = run_command(["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"], timeout)
     except FileNotFoundError:
-        raise NoGpu("no NVIDIA driver: nvidia-smi is not there") from None
+        raise NoGpu("no NVIDIA driver: nvidia-smi is not installed") from None
     except TimeoutError as error:
-        raise NoAnswer(str(error)) from None
+        raise DriverHangs(str(error)) from None
     except OSError as error:
-        raise NoGpu(f"nvidia-smi cannot be started: {error.strerror}") from None
-    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines()]
+        raise NoGpu(f"cannot start nvidia-smi: {error.strerror}") from None
+    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines()]
     rows = [row for row in rows if len(row) == 7 and row[0].isdigit()]
     if not rows:
-        words = " ".join(said.split())
-        raise NoGpu(f"nvidia-smi says: {words[:200] or f'nothing, and ends with {code}'}")
-    users, slices = _users(seconds), _slices(seconds) if any(row[6] == "Enabled" for row in rows) else {}
+        message = " ".join(output.split())
+        raise NoGpu(f"nvidia-smi: {message[:200] or f'no output, exit code {code}'}")
+    users = _users(timeout)
+    slices = _slices(timeout) if any(row[6] == "Enabled" for row in rows) else {}
     return [
         Gpu(
-            int(index), uuid, name, driver, _bytes(total), _bytes(free),
-            mig == "Enabled", slices.get(uuid, ()), users.get(uuid, ()),
+            int(index),
+            uuid,
+            name,
+            driver,
+            _bytes(total),
+            _bytes(free),
+            mig == "Enabled",
+            slices.get(uuid, ()),
+            users.get(uuid, ()),
         )
         for index, uuid, name, driver, total, free, mig in rows
-    ]  # fmt: skip
+    ]
 
 
-def filter_visible(found: Iterable[Gpu], environment: Mapping[str, str] = os.environ) -> list[Gpu]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, in its order. As for CUDA, a name that means none ends the list."""
-    found, wanted = list(found), environment.get("CUDA_VISIBLE_DEVICES")
-    if wanted is None:
-        return found
-    left: list[Gpu] = []
-    for name in filter(None, (name.strip() for name in wanted.split(","))):
-        # A MIG slice's own UUID says not of which GPU it is.
-        named = [g for g in found if (g.mig if name.startswith("MIG-") else _names(name, g))]
-        if not named:
+def parse_visible_devices(environment: Mapping[str, str] = os.environ) -> list[str] | None:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names, by number or UUID, or None if it is not set.
+
+    Like CUDA, ignore the first entry that cannot name a GPU and all that follow it.
+
+    >>> parse_visible_devices({"CUDA_VISIBLE_DEVICES": "2, GPU-8c5b,-1,0"})
+    ['2', 'GPU-8c5b']
+    """
+    value = environment.get(VISIBLE_DEVICES)
+    if value is None:
+        return None
+    names = map(str.strip, value.split(","))
+    return list(takewhile(lambda name: name.isdecimal() or name.startswith(("GPU-", "MIG-")), names))
+
+
+def filter_visible(gpus: Iterable[Gpu], environment: Mapping[str, str] = os.environ) -> list[Gpu]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES selects, in its order; all of them if it is not set."""
+    gpus, names = list(gpus), parse_visible_devices(environment)
+    if names is None:
+        return gpus
+    visible: list[Gpu] = []
+    for name in names:
+        gpu = next((gpu for gpu in gpus if _is_named(gpu, name)), None)
+        if gpu is None:
             break
-        left += [gpu for gpu in named[:1] if gpu not in left]
-    return left
+        if gpu not in visible:
+            visible.append(gpu)
+    return visible
 
 
-def _names(name: str, gpu: Gpu) -> bool:
-    return str(gpu.index) == name if name.isdigit() else name.startswith("GPU-") and gpu.uuid.startswith(name)
+def visible_gpus(environment: Mapping[str, str] = os.environ, dev: Path = _DEV) -> list[str]:
+    """Return the NVIDIA GPUs that CUDA would use, by number or, if CUDA_VISIBLE_DEVICES holds UUIDs, by UUID.
+
+    Counts the device files in `dev`: asking the driver may take seconds.
+    """
+    # In the Windows Subsystem for Linux, one device file stands for all GPUs.
+    count = len(list(dev.glob("nvidia[0-9]*"))) or int((dev / "dxg").exists())
+    names = parse_visible_devices(environment)
+    if names is None:
+        return [str(number) for number in range(count)]
+    return list(takewhile(lambda name: count and not (name.isdecimal() and int(name) >= count), names))
 
 
-def _users(seconds: float) -> dict[str, tuple[str, ...]]:
-    """The processes of each GPU, by its UUID."""
+class GpuAssignment(NamedTuple):
+    """The GPUs of a replica, and the environment variables that restrict it to them."""
+
+    gpus: tuple[int, ...] = ()
+    """Numbers, as CUDA counts the visible GPUs. Empty: the engine chooses among all of them."""
+    environment: Mapping[str, str] = {}
+
+    @property
+    def tag(self) -> str:
+        """The GPUs as part of a file's name: "gpu1", "gpu2-3"."""
+        return "gpu" + "-".join(map(str, self.gpus))
+
+    def __str__(self) -> str:
+        return f"GPU{'s' * (len(self.gpus) > 1)} {', '.join(map(str, self.gpus))}"
+
+
+def assign_gpus(
+    options: RunOptions, per_replica: int, environment: Mapping[str, str] = os.environ, dev: Path = _DEV
+) -> list[GpuAssignment]:
+    """Assign the GPUs that `--gpus` asks for to replicas.
+
+    A single replica is not restricted: it sees every visible GPU, and its engine chooses.
+
+    Args:
+        options: The run's options.
+        per_replica: GPUs that each replica gets; 0 for an engine that uses none.
+        environment: Environment variables, of which CUDA_VISIBLE_DEVICES is read.
+        dev: Directory of the device files.
+
+    Raises:
+        OptionError: There are too few GPUs, or the options contradict each other.
+    """
+    engine = options.engine
+    if engine.gpus == 1:
+        return [GpuAssignment()]
+    flag = f"--gpus {engine.gpus}"
+    if engine.device not in ("auto", "cuda"):
+        raise OptionError(f"{flag}: conflicts with --device {engine.device}, which names one device; use one of them")
+    names = visible_gpus(environment, dev)
+    if not per_replica:
+        return [GpuAssignment((number,)) for number in range(engine.gpus or max(1, len(names)))]
+    if len(names) < max(engine.gpus, per_replica):
+        count = {0: "no NVIDIA GPU", 1: "1 GPU"}.get(len(names), f"{len(names)} GPUs")
+        variable = environment.get(VISIBLE_DEVICES)
+        reason = "" if variable is None else f" ({VISIBLE_DEVICES}={variable})"
+        raise OptionError(f"{flag}: found {count} here{reason}")
+    if engine.gpus % per_replica:
+        raise OptionError(f"{flag}: must be a multiple of {per_replica}, the GPUs of each replica")
+    starts = range(0, (engine.gpus or len(names)) - per_replica + 1, per_replica)
+    groups = [tuple(range(start, start + per_replica)) for start in starts]
+    if len(groups) == 1:
+        return [GpuAssignment()]
+    return [GpuAssignment(group, {VISIBLE_DEVICES: ",".join(names[gpu] for gpu in group)}) for group in groups]
+
+
+def _is_named(gpu: Gpu, name: str) -> bool:
+    if name.startswith("MIG-"):  # the UUID of a slice does not tell which GPU it is part of
+        return gpu.mig
+    return gpu.index == int(name) if name.isdecimal() else gpu.uuid.startswith(name)
+
+
+def _users(timeout: float) -> dict[str, tuple[str, ...]]:
+    """Return the processes of each GPU, by its UUID."""
     users: dict[str, tuple[str, ...]] = {}
-    for line in _lines(
-        ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name", "--format=csv,noheader"], seconds
-    ):
+    query = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name", "--format=csv,noheader"]
+    for line in _lines(query, timeout):
         uuid, _, rest = line.partition(", ")
         pid, _, name = rest.partition(", ")
         if pid.isdigit():
@@ -107,90 +212,27 @@ def _users(seconds: float) -> dict[str, tuple[str, ...]]:
     return users
 
 
-def _slices(seconds: float) -> dict[str, tuple[str, ...]]:
-    """The MIG profiles of each GPU, by its UUID."""
+def _slices(timeout: float) -> dict[str, tuple[str, ...]]:
+    """Return the MIG profiles of each GPU, by its UUID."""
     slices: dict[str, tuple[str, ...]] = {}
     uuid = ""
-    for line in _lines(["nvidia-smi", "-L"], seconds):
-        if whole := re.match(r"GPU \d+: .*\(UUID: (\S+)\)", line):
-            uuid = whole[1]
-        elif part := re.match(r"\s+MIG (\S+)\s+Device", line):
-            slices[uuid] = (*slices.get(uuid, ()), part[1])
+    for line in _lines(["nvidia-smi", "-L"], timeout):
+        if gpu := re.match(r"GPU \d+: .*\(UUID: (\S+)\)", line):
+            uuid = gpu[1]
+        elif mig := re.match(r"\s+MIG (\S+)\s+Device", line):
+            slices[uuid] = (*slices.get(uuid, ()), mig[1])
     return slices
 
 
-def _lines(command: list[str], seconds: float) -> Iterator[str]:
+def _lines(command: list[str], timeout: float) -> Iterator[str]:
     try:
-        code, said = run_command(command, seconds)
+        code, output = run_command(command, timeout)
     except OSError:
         return
     if code == 0:
-        yield from said.splitlines()
+        yield from output.splitlines()
 
 
 def _bytes(mib: str) -> int | None:
-    """Memory as nvidia-smi writes it: MiB, or "[N/A]" and the like."""
-    return int(mib) * _MIB if mib.isdigit() else None
-
-
-_DEV = Path("/dev")
-
-
-class GpuAssignment(NamedTuple):
-    """GPUs for a replica, by their numbers as CUDA counts them here, and what its environment is to say of them."""
-
-    gpus: tuple[int, ...] = ()
-    environment: Mapping[str, str] = {}
-
-    @property
-    def tag(self) -> str:
-        """For the names of files: "gpu1", "gpu2-3"."""
-        return "gpu" + "-".join(map(str, self.gpus))
-
-    def __str__(self) -> str:
-        return f"GPU{'s' * (len(self.gpus) > 1)} {', '.join(map(str, self.gpus))}"
-
-
-def visible_gpus(environment: Mapping[str, str] = os.environ, dev: Path = _DEV) -> list[str]:
-    """The NVIDIA GPUs that CUDA would find, as CUDA_VISIBLE_DEVICES names them: numbers, or UUIDs where it has some."""
-    # In Windows' subsystem for Linux one device stands for them all.
-    count = len(list(dev.glob("nvidia[0-9]*"))) or int((dev / "dxg").exists())
-    told = environment.get("CUDA_VISIBLE_DEVICES")
-    if told is None:
-        return [str(number) for number in range(count)]
-    names: list[str] = []
-    for name in map(str.strip, told.split(",")):
-        if not count or not (int(name) < count if name.isdigit() else name.startswith(("GPU-", "MIG-"))):
-            break  # as for CUDA, a name that means no GPU ends the list
-        names.append(name)
-    return names
-
-
-def assign_gpus(
-    options: RunOptions, environment: Mapping[str, str] = os.environ, dev: Path = _DEV
-) -> list[GpuAssignment]:
-    """One for each replica that `--gpus` asks for. Raises OptionError where that cannot be.
-
-    A lone replica's place says nothing: its engine sees what there is, and chooses.
-    """
-    engine, tp = options.engine, options.lmdeploy.tp
-    if engine.gpus == 1:
-        return [GpuAssignment()]
-    asked = f"--gpus {engine.gpus}"
-    if engine.device not in ("auto", "cuda"):
-        raise OptionError(
-            f"{asked}: --device {engine.device} names one device; leave it out, and each GPU has an engine"
-        )
-    names = visible_gpus(environment, dev)
-    if engine.engine == "fake":  # which needs none
-        return [GpuAssignment((number,)) for number in range(engine.gpus or max(1, len(names)))]
-    told = environment.get("CUDA_VISIBLE_DEVICES")
-    if len(names) < max(engine.gpus, tp):
-        found = {0: "no NVIDIA GPU", 1: "1 GPU"}.get(len(names), f"{len(names)} GPUs")
-        raise OptionError(f"{asked}: found {found} here" + ("" if told is None else f" (CUDA_VISIBLE_DEVICES={told})"))
-    if engine.gpus % tp:
-        raise OptionError(f"{asked}: is no multiple of --tp {tp}, the GPUs of each engine")
-    groups = [tuple(range(at, at + tp)) for at in range(0, (engine.gpus or len(names)) - tp + 1, tp)]
-    if len(groups) == 1:
-        return [GpuAssignment()]
-    return [GpuAssignment(group, {"CUDA_VISIBLE_DEVICES": ",".join(names[gpu] for gpu in group)}) for group in groups]
+    """Return the bytes of an amount that nvidia-smi writes in MiB, or None for "[N/A]" and the like."""
+    return int(mib) * MIB if mib.isdigit() else None

@@ -1,4 +1,4 @@
-"""How much of this machine is ours: a container's or a Slurm step's share, never the whole host by mistake."""
+"""The CPUs and memory that this process may use: its cgroup's or Slurm step's share, not the whole host."""
 
 from __future__ import annotations
 
@@ -8,59 +8,63 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-MIB = 2**20
+from .slurm import MIB, cpus_per_task, granted_memory
+
+__all__ = ["MIB", "cgroup_directories", "cpus", "memory", "oom_kills"]
+
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 _UNLIMITED = 2**60
 
 
 def cpus(environment: Mapping[str, str] = os.environ, cgroup: Path = _CGROUP) -> int:
-    """CPUs that this process may use: the least of its affinity, its cgroups' quotas and SLURM_CPUS_PER_TASK."""
-    bounds = [len(os.sched_getaffinity(0))]
-    slurm = environment.get("SLURM_CPUS_PER_TASK", "")
-    if slurm.isdigit():
-        bounds.append(int(slurm))
-    for folder in _groups(cgroup):
+    """Return the number of usable CPUs: the minimum of the affinity mask, cgroup quotas and SLURM_CPUS_PER_TASK."""
+    limits = [len(os.sched_getaffinity(0))]
+    if granted := cpus_per_task(environment):
+        limits.append(granted)
+    for directory in cgroup_directories(cgroup):
         try:
-            quota, period = (folder / "cpu.max").read_text().split()
-            bounds.append(math.ceil(int(quota) / int(period)))
+            quota, period = (directory / "cpu.max").read_text().split()
+            limits.append(math.ceil(int(quota) / int(period)))
         except (OSError, ValueError):
-            continue  # "max", or the other version of cgroups
-    return max(1, min(bounds))
+            continue  # "max", or cgroup version 1
+    return max(1, min(limits))
 
 
 def memory(environment: Mapping[str, str] = os.environ, cgroup: Path = _CGROUP) -> int:
-    """Bytes of memory that this process may use: the least of the host's, its cgroups' and Slurm's grant."""
-    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for folder in _groups(cgroup):
+    """Return the usable memory in bytes: the minimum of the host's, the cgroup limits and Slurm's grant."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for directory in cgroup_directories(cgroup):
         for name in ("memory.max", "memory.limit_in_bytes", "memory/memory.limit_in_bytes"):
             try:
-                limit = int((folder / name).read_text())
+                limit = int((directory / name).read_text())
             except (OSError, ValueError):
                 continue  # "max", or the other version of cgroups
             if limit < _UNLIMITED:
-                bounds.append(limit)
-    per_node = environment.get("SLURM_MEM_PER_NODE", "")
-    per_cpu = environment.get("SLURM_MEM_PER_CPU", "")
-    if per_node.isdigit() and int(per_node):
-        bounds.append(int(per_node) * MIB)
-    elif per_cpu.isdigit() and int(per_cpu):
-        bounds.append(int(per_cpu) * MIB * cpus(environment, cgroup))
-    return min(bounds)
+                limits.append(limit)
+    if granted := granted_memory(cpus(environment, cgroup), environment):
+        limits.append(granted)
+    return min(limits)
 
 
 def oom_kills(cgroup: Path = _CGROUP) -> int:
-    """How many processes of our cgroup the kernel has killed for lack of memory; 0 where it does not tell."""
-    for folder in _groups(cgroup):
+    """Return how many processes of this cgroup the kernel has killed for lack of memory; 0 if it does not say."""
+    for directory in cgroup_directories(cgroup):
         for name in ("memory.events", "memory.oom_control", "memory/memory.oom_control"):
             with suppress(OSError):
-                counts = dict(line.split() for line in (folder / name).read_text().splitlines())
+                counts = dict(line.split() for line in (directory / name).read_text().splitlines())
                 if "oom_kill" in counts:
                     return int(counts["oom_kill"])
     return 0
 
 
-def _groups(cgroup: Path, own: Path = Path("/proc/self/cgroup")) -> list[Path]:
-    """The process's own cgroup (version 2) and those above it, then the root."""
+def cgroup_directories(cgroup: Path = _CGROUP, own: Path = _OWN_CGROUP) -> list[Path]:
+    """Return the directories of this process's cgroup (version 2) and of its ancestors, up to the root.
+
+    Args:
+        cgroup: Where the cgroup file system is mounted.
+        own: The file that names this process's cgroup.
+    """
     try:
         name = next(line[4:] for line in own.read_text().splitlines() if line.startswith("0::/"))
     except (OSError, StopIteration):
