@@ -1,4 +1,4 @@
-"""The transformers engine with tiny random models of each family: whole answers, from pictures to text."""
+"""The transformers engine from images to text, with a tiny random model of each family."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import copy
 import pytest
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from batchvl.engines.transformers.generation import Generation
 from batchvl.engines.transformers.processor import load_processor
 from batchvl.types import ContentPart, Failure, Message, Request
 from tests.engines.in_process import Line, ask, line, picture, request
@@ -15,31 +16,31 @@ from tests.tiny_models import CONTEXT, FAMILIES
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory):
+def models(tmp_path_factory):
     base = tmp_path_factory.mktemp("models")
     return {name: make(base / name) for name, make in FAMILIES.items()}
 
 
 @pytest.fixture(params=FAMILIES)
-async def tiny(request, folders):
-    async with line(folders[request.param]) as started:
+async def tiny(request, models):
+    async with line(models[request.param]) as started:
         yield started
 
 
 @pytest.fixture
-async def internvl(folders):
-    async with line(folders["internvl"]) as started:
+async def internvl(models):
+    async with line(models["internvl"]) as started:
         yield started
 
 
 MIXED = [
     (request(0, ask("hello", 0)), [picture(28, 28, 1)]),
     (request(1, ask("what is this then, tell me all", 0), max_new_tokens=5), [picture(90, 40, 2)]),
-    (request(2, ask("no picture at all")), []),
+    (request(2, ask("no image at all")), []),
     (request(3, ask("two in one", 1, 0)), [picture(30, 90, 3), picture(56, 56, 4)]),
     (request(4, ask("first", 0), ask("then"), ask("last")), [picture(57, 27, 5)]),
     (request(5, ask("first", 0), ask("another later", 1)), [picture(20, 80, 6), picture(60, 60, 7)]),
-    (request(6, ask("words first"), ask("then a picture", 0)), [picture(40, 40, 8)]),
+    (request(6, ask("words first"), ask("then an image", 0)), [picture(40, 40, 8)]),
 ]
 
 
@@ -51,7 +52,7 @@ async def test_a_batch_of_mixed_rows_answers_as_each_row_alone(tiny: Line):
     assert not [response.failure for response in together if response.failure]
 
 
-async def test_answers_depend_on_the_row_s_own_pictures(tiny: Line):
+async def test_answers_depend_on_the_row_s_own_images(tiny: Line):
     rows = [(request(row, ask("what?", 0)), [picture(40, 40, seed)]) for row, seed in enumerate((1, 2, 1))]
 
     first, other, same = await tiny.ask(*rows)
@@ -60,13 +61,13 @@ async def test_answers_depend_on_the_row_s_own_pictures(tiny: Line):
     assert first.texts != other.texts
 
 
-async def test_order_of_pictures_is_that_of_the_messages(tiny: Line):
-    pictures = [picture(40, 40, 1), picture(60, 30, 2)]
+async def test_images_are_shown_in_the_order_of_the_messages(tiny: Line):
+    images = [picture(40, 40, 1), picture(60, 30, 2)]
 
     first, second, swapped = await tiny.ask(
-        (request(0, ask("what?", 0, 1)), pictures),
-        (request(1, ask("what?", 1, 0)), pictures),
-        (request(2, ask("what?", 0, 1)), pictures[::-1]),
+        (request(0, ask("what?", 0, 1)), images),
+        (request(1, ask("what?", 1, 0)), images),
+        (request(2, ask("what?", 0, 1)), images[::-1]),
     )
 
     assert first.texts != second.texts
@@ -74,22 +75,20 @@ async def test_order_of_pictures_is_that_of_the_messages(tiny: Line):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-async def test_turns_equal_the_whole_conversation_asked_at_once(folders, name):
-    """Against transformers' own way: the processor's chat template in one go and a plain greedy `generate`."""
+async def test_turns_equal_the_whole_conversation_in_one_prompt(models, name):
+    """The reference is transformers' own way: the processor's chat template and a greedy `generate` for each turn."""
     turns = [ask("hello you", 0), ask("go on"), ask("and this?", 1)]
-    pictures = [picture(60, 30, 1), picture(40, 40, 2)]
-    async with line(folders[name]) as started:
-        [response] = await started.ask((request(0, *turns), pictures))
-    processor, model = load_processor(str(folders[name])), AutoModelForImageTextToText.from_pretrained(folders[name])
+    images = [picture(60, 30, 1), picture(40, 40, 2)]
+    async with line(models[name]) as started:
+        [response] = await started.ask((request(0, *turns), images))
+    processor, model = load_processor(str(models[name])), AutoModelForImageTextToText.from_pretrained(models[name])
     model.generation_config = GenerationConfig(
         eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
     )
-    chat, answers, tokens_in = [], [], 0
+    chat, answers, input_tokens = [], [], 0
     for turn in turns:
         content = [
-            {"type": "image", "image": pictures[part.image]}
-            if part.text is None
-            else {"type": "text", "text": part.text}
+            {"type": "image", "image": images[part.image]} if part.text is None else {"type": "text", "text": part.text}
             for part in turn.parts
         ]
         chat.append({"role": "user", "content": content})
@@ -99,10 +98,10 @@ async def test_turns_equal_the_whole_conversation_asked_at_once(folders, name):
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         answers.append(processor.tokenizer.decode(output, skip_special_tokens=True))
         chat.append({"role": "assistant", "content": [{"type": "text", "text": answers[-1]}]})
-        tokens_in += inputs["input_ids"].shape[1]
+        input_tokens += inputs["input_ids"].shape[1]
 
     assert response.texts == tuple(answers)
-    assert response.input_tokens == tokens_in
+    assert response.input_tokens == input_tokens
 
 
 async def test_history_and_system_message_are_part_of_the_prompt(internvl: Line):
@@ -112,34 +111,34 @@ async def test_history_and_system_message_are_part_of_the_prompt(internvl: Line)
         Message("assistant", (ContentPart("a cat"),)),
         ask("sure?"),
     )
-    plain = request(0, ask("hello", 0))
-    asked = Request(1, history, sampling=plain.sampling)
+    without_history = request(0, ask("hello", 0))
+    with_history = Request(1, history, sampling=without_history.sampling)
 
-    short, long = await internvl.ask((plain, [picture(28, 28)]), (asked, [picture(28, 28)]))
+    short, long = await internvl.ask((without_history, [picture(28, 28)]), (with_history, [picture(28, 28)]))
 
     assert long.input_tokens == short.input_tokens + len("|system|be brief||a cat|||user|sure?|||assistant|")
     assert long.texts != short.texts
 
 
-async def test_seeds_decide_and_neighbours_do_not(tiny: Line):
+async def test_answers_depend_on_the_seed_and_not_on_neighbours(tiny: Line):
     def row(number: int, seed: int) -> tuple[Request, list]:
         return request(number, ask("hello", 0), temperature=1.0, top_p=0.95, seed=seed), [picture(40, 40, 1)]
 
     alone = [(await tiny.ask(row(0, seed)))[0].texts for seed in (1, 2)]
-    same, greedy, other, again = await tiny.ask(row(0, 1), MIXED[3], row(1, 2), row(2, 1))
+    same, greedy, other, repeated = await tiny.ask(row(0, 1), MIXED[3], row(1, 2), row(2, 1))
 
     assert [same.texts, other.texts] == alone
-    assert again.texts == same.texts != other.texts
+    assert repeated.texts == same.texts != other.texts
     assert greedy == (await tiny.ask(MIXED[3]))[0]
 
 
-async def test_each_turn_draws_anew(internvl: Line):
+async def test_each_turn_samples_independently(internvl: Line):
     [response] = await internvl.ask((request(0, ask("a"), ask("a"), temperature=50.0, seed=3), []))
 
     assert response.texts[0] != response.texts[1]
 
 
-async def test_stop_strings_cut_across_tokens_and_leave_the_history_short(internvl: Line):
+async def test_stop_strings_span_tokens_and_shorten_the_history(internvl: Line):
     whole, history = await internvl.ask(
         (request(0, ask("hello", 0)), [picture(28, 28)]), (request(1, ask("hello", 0), ask("more")), [picture(28, 28)])
     )
@@ -160,11 +159,11 @@ async def test_stop_strings_cut_across_tokens_and_leave_the_history_short(intern
     assert turns.input_tokens < history.input_tokens
 
 
-async def test_end_tokens_stop_and_are_no_text(internvl: Line):
-    """At a high temperature each of a hundred tokens is drawn, the model's end token among them."""
-    drawing = {"temperature": 30.0, "seed": 2, "max_new_tokens": 400}
+async def test_end_tokens_end_an_answer_and_are_not_part_of_its_text(internvl: Line):
+    """At a high temperature every token is sampled sooner or later, including the model's end token."""
+    sampling = {"temperature": 30.0, "seed": 2, "max_new_tokens": 400}
     ended, sooner = await internvl.ask(
-        (request(0, ask("x"), **drawing), []), (request(1, ask("x"), **drawing, stop=("<video>", "<img>")), [])
+        (request(0, ask("x"), **sampling), []), (request(1, ask("x"), **sampling, stop=("<video>", "<img>")), [])
     )
 
     assert ended.finish_reason == sooner.finish_reason == "stop"
@@ -172,7 +171,7 @@ async def test_end_tokens_stop_and_are_no_text(internvl: Line):
     assert sooner.output_tokens < ended.output_tokens < 400
 
 
-async def test_rows_have_their_own_number_of_tokens(internvl: Line):
+async def test_each_row_has_its_own_max_new_tokens(internvl: Line):
     rows = [
         (request(row, ask("hello", 0), max_new_tokens=count), [picture(28, 28)]) for row, count in enumerate((9, 1, 4))
     ]
@@ -184,7 +183,7 @@ async def test_rows_have_their_own_number_of_tokens(internvl: Line):
     assert responses[0].texts[0].startswith(responses[2].texts[0])
 
 
-async def test_a_row_too_long_for_the_context_fails_alone(internvl: Line):
+async def test_only_a_row_too_long_for_the_context_fails(internvl: Line):
     fitting, long, late = await internvl.ask(
         (request(0, ask("hello", 0)), [picture(28, 28)]),
         (request(1, ask("x" * CONTEXT)), []),
@@ -204,7 +203,7 @@ async def test_an_answer_ends_where_the_context_does(internvl: Line):
     assert response.input_tokens + response.output_tokens == CONTEXT
 
 
-async def test_rows_leave_early_and_a_running_row_can_be_aborted(internvl: Line):
+async def test_finished_rows_are_returned_early_and_a_running_row_can_be_aborted(internvl: Line):
     rows = [(request(0, ask("long"), max_new_tokens=450), []), (request(1, ask("short"), max_new_tokens=1), [])]
     responses = []
 
@@ -216,16 +215,16 @@ async def test_rows_leave_early_and_a_running_row_can_be_aborted(internvl: Line)
     assert responses[1].failure == Failure("row_timeout", "engine", "aborted", retryable=True)
 
 
-async def test_a_row_not_yet_begun_can_be_aborted(internvl: Line):
+async def test_a_pending_row_can_be_aborted(internvl: Line):
     long = internvl.infer(
         [(request(0, ask("long"), max_new_tokens=450), []), (request(1, ask("s"), max_new_tokens=1), [])]
     )
     assert (await anext(long)).row == 1
     waiting = internvl.infer([(request(2, ask("x")), []), (request(3, ask("x")), [])])
-    first = anext(waiting)  # a coroutine: handed over once it is awaited
+    first = anext(waiting)  # a coroutine: the requests are sent once it is awaited
 
     async def abort_soon():
-        while 2 not in internvl.engine._waiting:
+        while internvl.engine.pending < 2:
             await asyncio.sleep(0.001)
         await internvl.engine.abort(2)
 
@@ -238,42 +237,41 @@ async def test_a_row_not_yet_begun_can_be_aborted(internvl: Line):
     assert [response.row async for response in waiting] == [3]
 
 
-async def test_a_row_that_breaks_the_model_fails_alone(internvl: Line):
+async def test_only_the_row_that_breaks_the_model_fails(internvl: Line):
     question = (request(0, ask("hello", 0)), [picture(28, 28)])
     [expected] = await internvl.ask(question)
     broken, *good = [await internvl.prepared(request(row, ask("hello", 0)), [picture(28, 28)]) for row in (1, 0, 2)]
     [ids] = [tensor for tensor in broken.tensors if tensor.name == "input_ids"]
     internvl.arena.at(broken.extent)[ids.offset : ids.offset + 4] = (10**6).to_bytes(4, "little")  # no such token
 
-    found = {response.row: response async for response in internvl.engine.infer([good[0], broken, good[1]])}
+    responses = {response.row: response async for response in internvl.engine.infer([good[0], broken, good[1]])}
 
-    assert found[1].failure.code == "engine_error"
-    assert "index out of range" in found[1].failure.message
-    assert found[0].texts == found[2].texts == expected.texts
+    assert responses[1].failure.code == "engine_error"
+    assert "index out of range" in responses[1].failure.message
+    assert responses[0].texts == responses[2].texts == expected.texts
 
 
-async def test_lists_longer_than_a_batch_are_answered_whole(folders):
-    async with line(folders["internvl"], batch_size=3) as started:
+async def test_more_requests_than_a_batch_holds_are_all_answered(models):
+    async with line(models["internvl"], batch_size=3) as started:
         assert started.info.batch_size == 3
         together = await started.ask(*MIXED)
         assert together == await started.ask_each(*MIXED)
 
 
-async def test_short_lists_that_lie_ready_make_a_batch(folders, monkeypatch):
-    async with line(folders["internvl"], batch_size=3) as started:
-        generation = started.engine._loaded.generation
-        answer, batches = generation.answer, []
+async def test_pending_short_batches_are_merged_into_one(models, monkeypatch):
+    async with line(models["internvl"], batch_size=3) as started:
+        answer, batches = Generation.answer, []
 
-        def spy(rows, *how):
+        def spy(generation, rows, *callbacks):
             batches.append(len(rows))
-            answer(rows, *how)
+            answer(generation, rows, *callbacks)
 
-        monkeypatch.setattr(generation, "answer", spy)
+        monkeypatch.setattr(Generation, "answer", spy)
         questions = [(request(row, ask("go on")), []) for row in range(1, 8)]
         first = started.infer([(request(0, ask("a"), max_new_tokens=300), []), questions[0]])
         assert (await anext(first)).row == 1  # so the other is being answered
         short = [asyncio.create_task(started.ask(question)) for question in questions[1:]]
-        while len(started.engine._waiting) < 6:
+        while started.engine.pending < 6:
             await asyncio.sleep(0.001)
         await started.engine.abort(0)
         assert [response.row async for response in first] == [0]
@@ -281,8 +279,8 @@ async def test_short_lists_that_lie_ready_make_a_batch(folders, monkeypatch):
         assert batches == [2, 3, 3]
 
 
-async def test_bfloat16_goes_through_the_arena(folders):
-    async with line(folders["qwen2_5_vl"], dtype="bfloat16") as started:
+async def test_bfloat16_goes_through_the_arena(models):
+    async with line(models["qwen2_5_vl"], dtype="bfloat16") as started:
         arrays = started.preparation.prepare(*MIXED[0])
         [response] = await started.ask(MIXED[0])
 
@@ -291,7 +289,7 @@ async def test_bfloat16_goes_through_the_arena(folders):
     assert started.info.dtype == "bfloat16"
 
 
-async def test_info_tells_what_runs(internvl: Line):
+async def test_engine_info(internvl: Line):
     info = internvl.info
 
     assert (info.engine, info.backend, info.dtype, info.context) == ("transformers", "cpu", "float32", CONTEXT)

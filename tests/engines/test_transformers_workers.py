@@ -1,4 +1,4 @@
-"""The engine with real image workers: prepared in processes forked from one, answered in this one."""
+"""The transformers engine with requests that real image workers, in other processes, have prepared."""
 
 from __future__ import annotations
 
@@ -28,38 +28,45 @@ def log(tmp_path):
         yield file
 
 
-# One family suffices for the way, and its arrays are of three types. A host takes seconds to import transformers.
+# One family, whose arrays have three data types, covers the path. A fork server imports transformers for seconds.
 @pytest.mark.parametrize("name", ["smolvlm", *SLOW])
 async def test_workers_prepare_what_the_engine_reads(tmp_path, log, name):
     model = FAMILIES[name](tmp_path / "model")
-    pictures = [picture(90, 40, seed) for seed in range(3)]
-    requests = [request(row, ask("hello", 0), ask("and now?")) for row in range(3)] + [request(3, ask("no picture"))]
+    images = [picture(90, 40, seed) for seed in range(3)]
+    requests = [request(row, ask("hello", 0), ask("and now?")) for row in range(3)] + [request(3, ask("no image"))]
     async with line(model) as started:
-        expected = await started.ask(*((asked, pictures[asked.row : asked.row + 1]) for asked in requests))
+        expected = await started.ask(*((req, images[req.row : req.row + 1]) for req in requests))
 
-    encoded, prepared, lifeline = Arena(8, 4096), Arena(64), ParentPipe()
+    encoded, prepared, parent_pipe = Arena(8, 4096), Arena(64), ParentPipe()
     spec = EngineSpec("transformers", str(model), device="cpu", dtype="float32", options={"threads": 1})
     engine = TransformersEngine(spec, prepared)
     preparation = await engine.resolve()
     path = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
     async with ImageWorkers(
-        None, ImageOptions(), 1 << 20, [tmp_path], (encoded, prepared), 2,
-        lifeline, {**os.environ, "PYTHONPATH": path}, log,
-    ) as workers:  # fmt: skip
+        None,
+        ImageOptions(),
+        1 << 20,
+        [tmp_path],
+        (encoded, prepared),
+        2,
+        parent_pipe,
+        {**os.environ, "PYTHONPATH": path},
+        log,
+    ) as workers:
         await workers.load(preparation)
         sources = []
-        for drawn in pictures:
+        for image in images:
             data = io.BytesIO()
-            drawn.save(data, "PNG")
+            image.save(data, "PNG")
             [extent] = await encoded.reserve([len(data.getvalue())])
             encoded.at(extent)[:] = data.getvalue()
-            sources.append([Source("drawn", extent=extent)])
+            sources.append([Source("image", extent=extent)])
         ready = await asyncio.gather(
-            *(workers.prepare([asked], files) for asked, files in zip(requests, [*sources, []], strict=True))
+            *(workers.prepare([req], files) for req, files in zip(requests, [*sources, []], strict=True))
         )
     await engine.start()
-    found = {response.row: response async for response in engine.infer([done.requests[0] for done in ready])}
+    responses = {response.row: response async for response in engine.infer([done.requests[0] for done in ready])}
     await engine.close()
-    lifeline.close()
+    parent_pipe.close()
 
-    assert [found[row] for row in range(4)] == expected
+    assert [responses[row] for row in range(4)] == expected

@@ -1,4 +1,4 @@
-"""A list of requests to answers: batches through the model, rows leaving as each is done."""
+"""Generation of answers: batches through the model, each row handed back as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -15,137 +15,145 @@ from .conversation import Conversation
 from .families import Family
 from .sampling import RowSampler
 
+OnFinished = Callable[[Conversation], None]
+
 
 class Generation:
-    """The model, and how it is asked. For one thread only.
+    """A model and the way its answers are generated. For one thread only.
 
-    context: tokens that prompt and answer may have together. padding: the token that shorter prompts are filled up
-    with on the left.
+    Args:
+        model: A model of transformers for image-text-to-text.
+        family: The model's family.
+        context: Tokens that prompt and answer may have together; None if unlimited.
+        pad_id: The token that fills up shorter prompts on the left.
     """
 
-    def __init__(self, model: Any, family: Family, context: int | None, padding: int) -> None:
-        self._model, self._family, self._context, self._padding = model, family, context, padding
+    def __init__(self, model: Any, family: Family, context: int | None, pad_id: int) -> None:
+        self._model, self._family, self._context, self._pad_id = model, family, context, pad_id
         self.steps = 0
-        """How often the model has given every row of a batch a token."""
+        """Forward passes so far, each of which generates one token for every row of a batch."""
         # The published configuration's sampling, such as a repetition penalty of 1.05, belongs to the model's chat
-        # demo: what a run asks for is all that shapes its answers.
-        model.generation_config = GenerationConfig(pad_token_id=padding)
+        # demo: only the run's options shape the answers.
+        model.generation_config = GenerationConfig(pad_token_id=pad_id)
 
-    def answer(
-        self, rows: Sequence[Conversation], done: Callable[[Conversation], None], aborted: Collection[int] = ()
-    ) -> None:
-        """Asks all turns of all rows as one batch a turn, and hands each row to `done` once it is over.
+    def answer(self, rows: Sequence[Conversation], on_finished: OnFinished, aborted: Collection[int] = ()) -> None:
+        """Generate the answers of all turns of the rows, one batch per turn.
 
-        A batch that fails, of memory or otherwise, is asked again in halves, so that in the end only a row that fails
-        alone has failed. `aborted` holds the numbers of rows to end at the next token; others may add to it meanwhile.
-        Raises EngineLost where the device does not answer any more.
+        A batch that fails, for lack of memory or otherwise, is retried in halves, so that in the end only a row that
+        fails alone has failed.
+
+        Args:
+            rows: Rows at the same turn.
+            on_finished: Called with each row as soon as it is finished.
+            aborted: Numbers of rows to end at the next token; another thread may add to them meanwhile.
+
+        Raises:
+            EngineLost: The device no longer responds.
         """
         groups = deque([list(rows)])
         while groups:
-            group = self._begun(groups.popleft(), done, aborted)
+            group = self._start_turn(groups.popleft(), on_finished, aborted)
             if not group:
                 continue
-            error = self._try(group, done, aborted)
-            going_on = [row for row in group if not row.waiting and not row.over]
-            if going_on:
-                groups.append(going_on)
-            left = [row for row in group if row.waiting]
-            if not left:
+            failure = self._try_generate(group, on_finished, aborted)
+            if next_turn := [row for row in group if not row.generating and not row.finished]:
+                groups.append(next_turn)
+            incomplete = [row for row in group if row.generating]
+            if not incomplete:
                 continue
             if len(group) == 1:
-                left[0].fail(EngineError(f"the model failed over this row: {error}"))
-                done(left[0])
+                incomplete[0].fail(EngineError(f"the model failed on this row: {failure}"))
+                on_finished(incomplete[0])
             else:
-                half = (len(left) + 1) // 2
-                groups.extendleft([left[half:], left[:half]])
+                half = (len(incomplete) + 1) // 2
+                groups.extendleft([incomplete[half:], incomplete[:half]])
 
-    def _begun(
-        self, rows: list[Conversation], done: Callable[[Conversation], None], aborted: Collection[int]
+    def _start_turn(
+        self, rows: list[Conversation], on_finished: OnFinished, aborted: Collection[int]
     ) -> list[Conversation]:
+        """Start the rows' current turn and return those that did not fail."""
         for row in rows:
             try:
                 if row.request.row in aborted:
                     raise RowTimeout("aborted")
-                row.begin(self._context)
+                row.start_turn(self._context)
             except InferError as error:
                 row.fail(error)
-                done(row)
-        return [row for row in rows if row.waiting]
+                on_finished(row)
+        return [row for row in rows if row.generating]
 
-    def _try(
-        self, rows: list[Conversation], done: Callable[[Conversation], None], aborted: Collection[int]
-    ) -> str | None:
-        """Asks the rows' present turns. What went wrong is returned as text: an exception would hold on, by its
-        traceback, to the memory that the next attempt needs."""
+    def _try_generate(self, rows: list[Conversation], on_finished: OnFinished, aborted: Collection[int]) -> str | None:
+        """Generate the rows' current turn and return the reason for a failure, None without one.
+
+        The reason is text because an exception's traceback would keep the memory that the next attempt needs.
+        """
         try:
-            self._generate(rows, done, aborted)
+            self._generate(rows, on_finished, aborted)
             return None
         except Exception as error:
             traceback.print_exc()  # into the engine's log: the row's failure has room for one line
             lines = str(error).strip().splitlines() or [""]
-            said = f"{type(error).__name__}: {lines[0]}"
+            reason = f"{type(error).__name__}: {lines[0]}"
         if self._model.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self._model.device)
                 torch.cuda.empty_cache()
             except RuntimeError as error:
-                raise EngineLost(f"{self._model.device} does not answer any more after {said} ({error})") from None
-        return said
+                raise EngineLost(f"{self._model.device} no longer responds after {reason} ({error})") from None
+        return reason
 
-    def _generate(
-        self, rows: list[Conversation], done: Callable[[Conversation], None], aborted: Collection[int]
-    ) -> None:
+    def _generate(self, rows: list[Conversation], on_finished: OnFinished, aborted: Collection[int]) -> None:
         sampler = RowSampler([row.request.sampling for row in rows], rows[0].turn, [len(row.prompt) for row in rows])
         with torch.inference_mode():
             self._model.generate(
                 **self._inputs(rows),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max(row.limit for row in rows), do_sample=False, pad_token_id=self._padding
+                    max_new_tokens=max(row.max_new_tokens for row in rows), do_sample=False, pad_token_id=self._pad_id
                 ),
-                logits_processor=LogitsProcessorList([sampler] if sampler.changes else []),
-                stopping_criteria=StoppingCriteriaList([self._step, RowsEnd(rows, done, aborted)]),
+                logits_processor=LogitsProcessorList([sampler] if sampler.active else []),
+                stopping_criteria=StoppingCriteriaList([self._count_step, TokenSink(rows, on_finished, aborted)]),
             )
 
-    def _step(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
+    def _count_step(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
         self.steps += 1
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def _inputs(self, rows: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for the rows' current turn."""
         device = self._model.device
         width = max(len(row.prompt) for row in rows)
 
-        def padded(lists: Sequence[list[int]], filling: int) -> torch.Tensor:
-            return torch.tensor([[filling] * (width - len(ids)) + ids for ids in lists], device=device)
+        def pad_left(sequences: Sequence[list[int]], filler: int) -> torch.Tensor:
+            padded = [[filler] * (width - len(sequence)) + sequence for sequence in sequences]
+            return torch.tensor(padded, device=device)
 
-        kinds = [row.token_kinds() for row in rows]
+        token_types = [row.token_type_arrays() for row in rows]
         inputs = {
-            "input_ids": padded([row.prompt for row in rows], self._padding),
-            "attention_mask": padded([[1] * len(row.prompt) for row in rows], 0),
-            **{key: padded([kind[key] for kind in kinds], 0) for key in kinds[0]},
+            "input_ids": pad_left([row.prompt for row in rows], self._pad_id),
+            "attention_mask": pad_left([[1] * len(row.prompt) for row in rows], 0),
+            **{key: pad_left([arrays[key] for arrays in token_types], 0) for key in token_types[0]},
         }
-        shown = [pictures for row in rows if (pictures := row.pictures())]
-        if shown:
-            inputs |= self._family.batch([{key: a.to(device) for key, a in pictures.items()} for pictures in shown])
+        if with_images := [arrays for row in rows if (arrays := row.image_arrays())]:
+            on_device = [{key: array.to(device) for key, array in arrays.items()} for arrays in with_images]
+            inputs |= self._family.batch_arrays(on_device)
         return inputs
 
 
-class RowsEnd(StoppingCriteria):  # type: ignore[misc]
-    """Gives each row its tokens and says which rows are done, telling `done` of those that are over at that moment."""
+class TokenSink(StoppingCriteria):  # type: ignore[misc]
+    """A stopping criterion that appends each generated token to its row and stops the rows whose turn is complete."""
 
-    def __init__(
-        self, rows: Sequence[Conversation], done: Callable[[Conversation], None], aborted: Collection[int]
-    ) -> None:
-        self._rows, self._done, self._aborted = rows, done, aborted
+    def __init__(self, rows: Sequence[Conversation], on_finished: OnFinished, aborted: Collection[int]) -> None:
+        self._rows, self._on_finished, self._aborted = rows, on_finished, aborted
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
         for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            if not row.waiting:
+            if not row.generating:
                 continue
             if row.request.row in self._aborted:
                 row.fail(RowTimeout("aborted"))
             else:
-                row.take(token)
-            if row.over:
-                self._done(row)
-        ended = [not row.waiting for row in self._rows]
-        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+                row.append_token(token)
+            if row.finished:
+                self._on_finished(row)
+        complete = [not row.generating for row in self._rows]
+        return torch.tensor(complete, dtype=torch.bool, device=input_ids.device)

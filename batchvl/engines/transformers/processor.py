@@ -1,7 +1,7 @@
-"""A model's processor for text and pictures, loaded without torchvision, and its chat template.
+"""A model's processor for text and images, loaded without torchvision, and its chat template.
 
-`AutoProcessor` insists on a model's *video* processor, which needs torchvision. Pictures do not: each family has an
-image processor on Pillow and numpy. It is used even where torchvision is installed, so that pixels, and with them
+`AutoProcessor` insists on the model's *video* processor, which needs torchvision. Images do not: each family has an
+image processor for Pillow and numpy. It is used even where torchvision is installed, so that pixels, and with them
 answers, do not depend on what else is installed.
 """
 
@@ -24,17 +24,17 @@ from ...types import ContentPart, Message
 
 
 class NoVideos(dict[str, Any]):
-    """Stands where a processor wants its video processor; has what processors read of one without any video.
+    """A stand-in for a processor's video processor, with the attributes that a processor reads of one.
 
-    An empty dict, because a processor writes itself as JSON to transformers' log when it is made.
+    An empty dict because a processor serialises itself to JSON for transformers' log when it is created.
     """
 
     model_input_names: tuple[str, ...] = ()
     num_frames = fps = None
 
 
-class ImagesAndText:
-    """Mixed into a processor's class: takes `NoVideos` for the video processor."""
+class AcceptsNoVideos:
+    """Mixin for a processor's class that accepts `NoVideos` as the video processor."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         if isinstance(argument, NoVideos):
@@ -44,17 +44,18 @@ class ImagesAndText:
 
 
 def load_processor(path: str, trust_remote_code: bool = False) -> Any:
-    """The processor of the checkpoint in the folder `path`: as AutoProcessor's, for text and pictures only.
+    """Load the processor of the checkpoint in the directory `path`, for text and images only.
 
-    Raises ModelError where a part is missing or there is no chat template.
+    Raises:
+        ModelError: A part of the processor or the chat template is missing.
     """
     try:
-        kind = _processor_class(path, trust_remote_code)
-        parts = [_load_part(name, path, trust_remote_code) for name in kind.get_attributes()]
-        settings, _ = kind.get_processor_dict(path)
-        _do_without_num2words(kind)
-        without_videos: Any = type(kind.__name__, (ImagesAndText, kind), {})
-        processor = without_videos.from_args_and_dict(parts, settings)
+        base = _processor_class(path, trust_remote_code)
+        parts = [_load_part(name, path, trust_remote_code) for name in base.get_attributes()]
+        settings, _ = base.get_processor_dict(path)
+        _do_without_num2words(base)
+        processor_class: Any = type(base.__name__, (AcceptsNoVideos, base), {})
+        processor = processor_class.from_args_and_dict(parts, settings)
     except ModelError:
         raise
     except Exception as error:
@@ -64,8 +65,8 @@ def load_processor(path: str, trust_remote_code: bool = False) -> Any:
         processor.chat_template = tokenizer.chat_template
     if not processor.chat_template:
         raise ModelError(
-            f"{path}: the model has no chat template (chat_template.jinja, or `chat_template` in its processor's or "
-            "tokenizer's configuration): a base model, or an incomplete copy"
+            f"{path}: the model has no chat template (chat_template.jinja, or `chat_template` in the configuration of "
+            "its processor or tokenizer): a base model, or an incomplete copy"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -73,24 +74,30 @@ def load_processor(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def render(processor: Any, messages: Sequence[Message]) -> str:
-    """The messages as the model's prompt, up to where its answer begins."""
+    """Render the messages with the model's chat template, up to the beginning of its answer."""
     chat = [{"role": message.role, "content": [_content(part) for part in message.parts]} for message in messages]
     text: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return text
 
 
 def image_token_id(processor: Any) -> int:
-    """The token that stands, repeated, where a picture goes."""
-    found = getattr(processor, "image_token_id", None)
-    return int(processor.tokenizer.convert_tokens_to_ids(processor.image_token) if found is None else found)
+    """Return the token that is repeated in a prompt as the placeholder of an image."""
+    token_id = getattr(processor, "image_token_id", None)
+    return int(processor.tokenizer.convert_tokens_to_ids(processor.image_token) if token_id is None else token_id)
+
+
+def media_tokens(processor: Any) -> tuple[str, ...]:
+    """Return the placeholders of images, videos and sound."""
+    tokens = (getattr(processor, f"{name}_token", None) for name in ("image", "video", "audio"))
+    return tuple(token for token in tokens if token)
 
 
 def special_tokens(processor: Any) -> tuple[str, ...]:
-    """The strings that the tokenizer reads as control tokens wherever they stand in a text."""
+    """Return the strings that the tokenizer reads as special tokens wherever they occur in a text."""
     tokenizer = processor.tokenizer
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    media = [getattr(processor, f"{name}_token", None) for name in ("image", "video", "audio")]
-    return tuple(dict.fromkeys(token for token in [*added, *tokenizer.all_special_tokens, *media] if token))
+    tokens = (*added, *tokenizer.all_special_tokens, *media_tokens(processor))
+    return tuple(dict.fromkeys(token for token in tokens if token))
 
 
 def template_sha256(processor: Any) -> str:
@@ -104,18 +111,18 @@ def _content(part: ContentPart) -> dict[str, str]:
 
 
 def _processor_class(path: str, trust_remote_code: bool) -> Any:
-    """The class that AutoProcessor would take: named in a configuration file, or the model type's."""
+    """Return the class that AutoProcessor would choose: named in a configuration file, or that of the model type."""
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        settings = Path(path) / file
-        found = json.loads(settings.read_text()) if settings.is_file() else {}
-        if trust_remote_code and "AutoProcessor" in found.get("auto_map", {}):
-            return get_class_from_dynamic_module(found["auto_map"]["AutoProcessor"], path)
-        if known := processor_class_from_name(found["processor_class"]) if found.get("processor_class") else None:
+        config_file = Path(path) / file
+        settings = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        if trust_remote_code and "AutoProcessor" in settings.get("auto_map", {}):
+            return get_class_from_dynamic_module(settings["auto_map"]["AutoProcessor"], path)
+        if known := processor_class_from_name(settings["processor_class"]) if settings.get("processor_class") else None:
             return known
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if type(config) in PROCESSOR_MAPPING:
         return PROCESSOR_MAPPING[type(config)]
-    raise ModelError(f"{path}: found no processor for models of type {config.model_type!r}")
+    raise ModelError(f"{path}: transformers has no processor for models of type {config.model_type!r}")
 
 
 def _load_part(name: str, path: str, trust_remote_code: bool) -> Any:
@@ -125,11 +132,11 @@ def _load_part(name: str, path: str, trust_remote_code: bool) -> Any:
         return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code)
     if name == "video_processor":
         return NoVideos()
-    raise ModelError(f"{path}: the model's processor wants a part {name!r}, which this engine does not serve")
+    raise ModelError(f"{path}: the model's processor needs a {name!r}, which this engine does not support")
 
 
-def _do_without_num2words(kind: type[ProcessorMixin]) -> None:
-    # SmolVLM's processor refuses to be made without this library, which it uses to spell a video's number of frames.
-    module = sys.modules[kind.__module__]
+def _do_without_num2words(processor_class: type[ProcessorMixin]) -> None:
+    # SmolVLM's processor refuses to be created without this library, which spells out a video's number of frames.
+    module = sys.modules[processor_class.__module__]
     if getattr(module, "num2words", ...) is None:
         module.num2words = str  # type: ignore[attr-defined]
