@@ -7,8 +7,8 @@ import pytest
 
 from . import timing
 
-# A shell starts background processes with SIGINT ignored, and a run inherits that, as it should. The tests' own runs must
-# react to SIGINT, wherever the tests are started from.
+# A shell starts background processes with SIGINT ignored, and a run inherits that, as it should. The tests' own runs
+# must react to SIGINT, wherever the tests are started from.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -28,9 +28,9 @@ def pytest_report_header():
     return f"time limits: {timing.factor():.1f} times those of a quiet machine"
 
 
-# pytest-timeout arms its timer for a whole test, the reports on it included. A limit that ran out inside a report raised
-# there, outside of any test, and ended the session with an internal error. Hence `timeout_func_only` in pyproject.toml,
-# which limits the body of a test alone, and the same limit here for set-up and for teardown.
+# pytest-timeout arms its timer for a whole test, reports included. A limit that ran out inside a report raised there,
+# outside of any test, and ended the session with an internal error. Hence `timeout_func_only` in pyproject.toml, which
+# limits the body of a test alone, and the same limit here for set-up and for teardown.
 
 
 def pytest_collection_modifyitems(config, items):

@@ -38,8 +38,8 @@ def scaled(seconds: float) -> float:
 def measure() -> float:
     """Measure the factor: a fixed piece of work on the CPU, and the load average per core.
 
-    Wall time over the reference covers both a slow core and a core that is shared with other processes. The load average
-    covers what the sample of a fraction of a second missed. The larger one wins.
+    Wall time over the reference covers both a slow core and a core that is shared with other processes. The load
+    average covers what a sample of a fraction of a second misses. The larger one wins.
     """
     started, done = time.perf_counter(), 0
     while done < _SAMPLES and time.perf_counter() - started < _MAX_SECONDS:
