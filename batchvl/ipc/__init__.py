@@ -1,1 +1,1 @@
-"""TODO"""
+"""Child processes, messages between processes, and shared memory."""

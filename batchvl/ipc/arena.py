@@ -1,7 +1,8 @@
-"""The arena: one block of shared memory for picture bytes and pixels, and the ledger of who holds what.
+"""The arena: a block of shared memory for encoded images and pixels, and the ledger of its allocations.
 
-The memory is a `memfd`: no name, nothing in /dev/shm, given back by the system when the last process that holds it
-ends. The runner alone keeps the ledger; children map the memory and read or write where the runner tells them.
+The memory is a `memfd`: it has no name and takes no space in /dev/shm, and the system frees it when the last process
+that holds it ends. Only the runner keeps the ledger. Child processes map the memory, and read and write the extents
+that the runner's messages name.
 """
 
 from __future__ import annotations
@@ -19,17 +20,26 @@ from ..types import Extent
 
 PAGE = 4096
 BLOCK = 64 * 1024
-"""Bytes of a block, unless told otherwise."""
-_LEAST, _MOST = 256 * MIB, 8192 * MIB
+"""Default size of a block in bytes."""
+_MIN_BYTES, _MAX_BYTES = 256 * MIB, 8192 * MIB
 
 
 def default_arena_bytes(engines: int = 1) -> int:
-    """Bytes for pictures, encoded and prepared, unless --arena-bytes says how many."""
-    return min(max(memory() // 8, _LEAST), _MOST * engines)
+    """Return the default of `--arena-bytes`: an eighth of the memory, within limits.
+
+    Args:
+        engines: Number of replicas.
+    """
+    return min(max(memory() // 8, _MIN_BYTES), _MAX_BYTES * engines)
 
 
 class ArenaView:
-    """A mapping of the arena's memory, in whichever process holds its descriptor."""
+    """A mapping of the arena's memory, in any process that has its file descriptor.
+
+    Attributes:
+        fd: The memfd, which this object owns.
+        size: Bytes of the arena.
+    """
 
     def __init__(self, fd: int, size: int) -> None:
         self.fd, self.size = fd, size
@@ -37,26 +47,28 @@ class ArenaView:
         self._view = memoryview(self._map)
 
     def at(self, extent: Extent) -> memoryview:
-        """The extent's bytes, writable and uncopied. Valid until the runner gives the extent to somebody else."""
+        """Return the extent's bytes, writable and not copied. They are valid until the runner releases the extent."""
         return self._view[extent.start : extent.start + extent.length]
 
     def close(self) -> None:
-        """Unmaps the memory, unless somebody still looks at a part of it, and closes the descriptor."""
+        """Unmap the memory, unless an array still refers to it, and close the file descriptor."""
         self._view.release()
         try:
             self._map.close()
         except BufferError:
-            pass  # an array still points into it: the process's end unmaps it
+            pass  # unmapped when the process ends
         os.close(self.fd)
 
 
 class Arena(ArenaView):
-    """The runner's side: memory in blocks, and the ledger.
+    """The runner's side of the arena: memory in blocks, and the ledger of who holds them.
 
-    An extent is a run of whole blocks, first fit. Who finds no room waits in line, and nobody overtakes: with every
-    row reserving all it needs at once, and only shrinking afterwards, no two rows can wait for each other.
+    An extent is a run of whole blocks, allocated first fit. Waiters are served in order of arrival. Since each row
+    reserves everything it needs in one call and only shrinks it afterwards, no two rows can wait for each other.
 
-    blocks: how many; block_bytes: their size, a multiple of 4096.
+    Args:
+        blocks: Number of blocks.
+        block_bytes: Size of a block, a multiple of 4096.
 
     >>> async def example() -> int:
     ...     arena = Arena(blocks=8, block_bytes=4096)
@@ -70,104 +82,119 @@ class Arena(ArenaView):
 
     def __init__(self, blocks: int, block_bytes: int = BLOCK) -> None:
         if blocks < 1 or block_bytes < PAGE or block_bytes % PAGE:
-            raise ValueError(f"{blocks} blocks of {block_bytes} bytes: want one or more, of a multiple of {PAGE} bytes")
+            raise ValueError(
+                f"{blocks} blocks of {block_bytes} bytes: expected at least one block, of a multiple of {PAGE} bytes"
+            )
         fd = os.memfd_create("batchvl-arena", os.MFD_CLOEXEC)
         os.ftruncate(fd, blocks * block_bytes)
         super().__init__(fd, blocks * block_bytes)
         self.blocks, self.block_bytes = blocks, block_bytes
-        self._free: list[tuple[int, int]] = [(0, blocks)]  # (first block, how many), sorted, never adjacent
-        self._held: dict[int, int] = {}  # first block -> how many
-        self._waiting: deque[tuple[list[int], Sequence[int], asyncio.Future[list[Extent]]]] = deque()
+        self._free: list[tuple[int, int]] = [(0, blocks)]  # (first block, count), sorted, never adjacent
+        self._allocated: dict[int, int] = {}  # first block -> count
+        self._waiters: deque[tuple[list[int], Sequence[int], asyncio.Future[list[Extent]]]] = deque()
 
     @property
     def free_blocks(self) -> int:
+        """Number of blocks that no extent holds."""
         return sum(count for _, count in self._free)
 
     async def reserve(self, sizes: Sequence[int]) -> list[Extent]:
-        """Extents of at least one byte each, all at once or none; waits for room, first come first served.
+        """Wait until all of the extents fit, and allocate them.
 
-        Raises TooLarge where they would not fit the empty arena.
+        Args:
+            sizes: Bytes of each extent; 0 counts as 1.
+
+        Raises:
+            TooLarge: They would not fit into the empty arena.
         """
-        counts = [-(-max(1, size) // self.block_bytes) for size in sizes]
+        counts = [self._blocks_for(size) for size in sizes]
         if sum(counts) > self.blocks:
             raise TooLarge(
                 f"the row needs {sum(sizes):,} bytes of the arena's {self.size:,}: "
-                "give it more with --arena-bytes, or fewer or smaller pictures"
+                "increase --arena-bytes, or use fewer or smaller images"
             )
-        if not self._waiting:
-            extents = self._take(counts, sizes)
+        if not self._waiters:
+            extents = self._allocate(counts, sizes)
             if extents is not None:
                 return extents
-        turn: asyncio.Future[list[Extent]] = asyncio.get_running_loop().create_future()
-        entry = (counts, sizes, turn)
-        self._waiting.append(entry)
+        granted: asyncio.Future[list[Extent]] = asyncio.get_running_loop().create_future()
+        waiter = (counts, sizes, granted)
+        self._waiters.append(waiter)
         try:
-            return await turn
+            return await granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.release(*turn.result())
+            if granted.done() and not granted.cancelled():
+                self.release(*granted.result())
             else:
-                if entry in self._waiting:  # `_serve` may have found it cancelled already
-                    self._waiting.remove(entry)
-                self._serve()
+                if waiter in self._waiters:  # unless `_wake_waiters` has already seen the cancellation
+                    self._waiters.remove(waiter)
+                self._wake_waiters()
             raise
 
     def reserve_now(self, size: int) -> Extent | None:
-        """One extent if there is room for it this moment and nobody waits, else None."""
-        extents = None if self._waiting else self._take([-(-max(1, size) // self.block_bytes)], [size])
+        """Allocate one extent without waiting. Return None if it does not fit or others are waiting."""
+        extents = None if self._waiters else self._allocate([self._blocks_for(size)], [size])
         return extents[0] if extents else None
 
     def shrink(self, extent: Extent, length: int) -> Extent:
-        """The same extent with only its first `length` bytes (at least one block is kept); the rest is free again."""
+        """Free the blocks behind the first `length` bytes of an extent, and return the shorter extent.
+
+        At least one block is kept.
+        """
         first = extent.start // self.block_bytes
-        held, wanted = self._held[first], -(-max(1, length) // self.block_bytes)
-        if wanted < held:
-            self._held[first] = wanted
-            self._give_back(first + wanted, held - wanted)
-            self._serve()
+        count, needed = self._allocated[first], self._blocks_for(length)
+        if needed < count:
+            self._allocated[first] = needed
+            self._free_blocks(first + needed, count - needed)
+            self._wake_waiters()
         return Extent(extent.start, length)
 
     def release(self, *extents: Extent) -> None:
-        """Gives extents back, once nobody reads or writes them any more: each exactly once."""
+        """Free extents that no process reads or writes any more, each exactly once."""
         for extent in extents:
             first = extent.start // self.block_bytes
-            self._give_back(first, self._held.pop(first))
-        self._serve()
+            self._free_blocks(first, self._allocated.pop(first))
+        self._wake_waiters()
 
-    def _serve(self) -> None:
-        while self._waiting:
-            counts, sizes, turn = self._waiting[0]
-            if not turn.done():
-                extents = self._take(counts, sizes)
+    def _blocks_for(self, size: int) -> int:
+        return -(-max(1, size) // self.block_bytes)
+
+    def _wake_waiters(self) -> None:
+        while self._waiters:
+            counts, sizes, granted = self._waiters[0]
+            if not granted.done():
+                extents = self._allocate(counts, sizes)
                 if extents is None:
                     return
-                turn.set_result(extents)
-            self._waiting.popleft()
+                granted.set_result(extents)
+            self._waiters.popleft()
 
-    def _take(self, counts: Sequence[int], sizes: Sequence[int]) -> list[Extent] | None:
-        taken: list[Extent] = []
+    def _allocate(self, counts: Sequence[int], sizes: Sequence[int]) -> list[Extent] | None:
+        """Allocate extents of `counts` blocks and `sizes` bytes: all of them, or none and return None."""
+        extents: list[Extent] = []
         for count, size in zip(counts, sizes, strict=True):
-            at = next((i for i, (_, free) in enumerate(self._free) if free >= count), None)
-            if at is None:
-                for extent in taken:  # all or nothing
+            index = next((i for i, (_, free) in enumerate(self._free) if free >= count), None)
+            if index is None:
+                for extent in extents:
                     first = extent.start // self.block_bytes
-                    self._give_back(first, self._held.pop(first))
+                    self._free_blocks(first, self._allocated.pop(first))
                 return None
-            first, free = self._free[at]
+            first, free = self._free[index]
             if free == count:
-                del self._free[at]
+                del self._free[index]
             else:
-                self._free[at] = (first + count, free - count)
-            self._held[first] = count
-            taken.append(Extent(first * self.block_bytes, size))
-        return taken
+                self._free[index] = (first + count, free - count)
+            self._allocated[first] = count
+            extents.append(Extent(first * self.block_bytes, size))
+        return extents
 
-    def _give_back(self, first: int, count: int) -> None:
-        at = bisect.bisect_left(self._free, (first, 0))
-        if at < len(self._free) and self._free[at][0] == first + count:
-            count += self._free.pop(at)[1]
-        if at and sum(self._free[at - 1]) == first:
-            before, more = self._free[at - 1]
-            self._free[at - 1] = (before, more + count)
+    def _free_blocks(self, first: int, count: int) -> None:
+        """Add a run of blocks to the free list, merged with the runs before and behind it."""
+        index = bisect.bisect_left(self._free, (first, 0))
+        if index < len(self._free) and self._free[index][0] == first + count:
+            count += self._free.pop(index)[1]
+        if index and sum(self._free[index - 1]) == first:
+            before, before_count = self._free[index - 1]
+            self._free[index - 1] = (before, before_count + count)
         else:
-            self._free.insert(at, (first, count))
+            self._free.insert(index, (first, count))

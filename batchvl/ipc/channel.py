@@ -1,7 +1,7 @@
-"""Messages between our processes: msgpack behind a length, over a Unix socket.
+"""Messages between batchvl's processes: length-prefixed msgpack over a Unix socket.
 
-A frame is a 4-byte little-endian length and that many bytes of msgpack. The runner's end is an
-`AsyncConnection` on its event loop; a child's end is a `BlockingConnection`.
+A frame is a 4-byte little-endian length, followed by that many bytes of msgpack. Processes with an event loop use
+`AsyncConnection`, the others `BlockingConnection`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -19,7 +19,7 @@ Received = TypeVar("Received")
 
 
 def encode_frame(message: Any, encoder: msgspec.msgpack.Encoder = msgspec.msgpack.Encoder()) -> bytes:  # noqa: B008
-    """The message as it goes over the wire.
+    """Return a message as a frame.
 
     >>> encode_frame([1, 2])
     b'\\x03\\x00\\x00\\x00\\x92\\x01\\x02'
@@ -29,20 +29,30 @@ def encode_frame(message: Any, encoder: msgspec.msgpack.Encoder = msgspec.msgpac
 
 
 class BlockingConnection(Generic[Received]):
-    """A child's end of a socket: blocking, for one thread that reads and any that write whole frames under a lock.
+    """One end of a socket for a process without an event loop.
 
-    Receives messages of the type that it was made for. `receive` raises EOFError when the other end is gone.
+    One thread may receive. Several may send if a lock serialises them.
+
+    Args:
+        sock: The socket.
+        message_type: The type of received messages.
     """
 
-    def __init__(self, sock: socket.socket, receives: Any) -> None:
+    def __init__(self, sock: socket.socket, message_type: Any) -> None:
         self.sock = sock
-        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(receives)
+        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(message_type)
         self._file = sock.makefile("rb")
 
     def send(self, message: Any) -> None:
+        """Send a message. Blocks while the socket's buffer is full."""
         self.sock.sendall(encode_frame(message))
 
     def receive(self) -> Received:
+        """Wait for the next message and return it.
+
+        Raises:
+            EOFError: The other end is closed.
+        """
         head = self._file.read(_LENGTH.size)
         if len(head) < _LENGTH.size:
             raise EOFError
@@ -54,56 +64,61 @@ class BlockingConnection(Generic[Received]):
 
 
 class AsyncConnection(asyncio.Protocol, Generic[Received]):
-    """The runner's end of a socket: calls `received` with each message and `lost` once when the other end is gone.
+    """One end of a socket on an event loop.
 
-    Writes are buffered by asyncio; what is in flight is bounded by who sends (slots, lists open), not here.
+    asyncio buffers writes without a limit; the senders limit what is in flight (slots, open batches).
+
+    Args:
+        message_type: The type of received messages.
+        on_message: Called with each message.
+        on_lost: Called once, when the other end is closed.
     """
 
-    def __init__(self, receives: Any, received: Callable[[Received], None], lost: Callable[[], None]) -> None:
-        self._decode = msgspec.msgpack.Decoder(receives).decode
-        self._received, self._lost = received, lost
+    def __init__(self, message_type: Any, on_message: Callable[[Received], None], on_lost: Callable[[], None]) -> None:
+        self._decode = msgspec.msgpack.Decoder(message_type).decode
+        self._on_message, self._on_lost = on_message, on_lost
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
 
     @classmethod
     async def open(
-        cls, sock: socket.socket, receives: Any, received: Callable[[Received], None], lost: Callable[[], None]
+        cls, sock: socket.socket, message_type: Any, on_message: Callable[[Received], None], on_lost: Callable[[], None]
     ) -> AsyncConnection[Received]:
-        """A channel over one end of a socket pair, which it owns from now on."""
-        channel = cls(receives, received, lost)
+        """Return a connection over `sock`, which it owns from now on. For the other arguments, see the class."""
+        connection = cls(message_type, on_message, on_lost)
         try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: channel, sock=sock)
+            await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=sock)
         except BaseException:
-            channel._lost = lambda: None  # who opens it hears of that, and has nothing yet that could be lost
+            connection._on_lost = lambda: None  # the caller gets the exception instead
             raise
-        return channel
+        return connection
 
     def send(self, message: Any) -> None:
-        """Sends a message; to a child that is gone it is lost, as `lost` tells."""
+        """Send a message. It is dropped if the other end is closed, which `on_lost` reports."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode_frame(message))
 
     def close(self) -> None:
+        """Close the socket once all messages are written."""
         if self._transport is not None:
             self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
         buffer += data
-        at, size = 0, len(buffer)
-        while size - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(buffer, at)
-            end = at + _LENGTH.size + length
+        start, size = 0, len(buffer)
+        while size - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            end = start + _LENGTH.size + length
             if end > size:
                 break
-            message = self._decode(memoryview(buffer)[at + _LENGTH.size : end].tobytes())
-            at = end
-            self._received(message)
-        del buffer[:at]
+            message = self._decode(memoryview(buffer)[start + _LENGTH.size : end].tobytes())
+            start = end
+            self._on_message(message)
+        del buffer[:start]
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._lost()
+        self._on_lost()

@@ -1,96 +1,101 @@
-"""An engine's processes, as /proc tells: the one that was started, its descendants, and who else is in its group."""
+"""The processes of an engine: the one that was started, its process group, and all of their descendants."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+
+import psutil
 
 from .watchdog import NAME
 
-_PROC = Path("/proc")
-_KILL_SECONDS = 5.0
-_ENDED = ("Z", "X")
+KILL_SECONDS = 5.0
+_POLL_SECONDS = 0.005
+_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
-class _Process(NamedTuple):
-    pid: int
-    name: str
-    state: str
-    parent: int
-    group: int
+def processes_of(leader: int) -> list[psutil.Process]:
+    """Return the live processes of an engine, without its watchdog.
 
-    @property
-    def dead(self) -> bool:
-        """Whether it has ended, though nobody may have reaped it. Its first thread may have ended alone."""
-        return self.state in _ENDED and not state_of(self.pid)
+    Descendants that left the process group count, and so do members of the group whose parents have ended.
+
+    Args:
+        leader: The process that was started as the leader of a group. It may have ended.
+    """
+    tree: dict[int, psutil.Process] = {}
+    for pid in (leader, *_group(leader)):
+        if pid not in tree:
+            with suppress(psutil.Error):  # ended meanwhile
+                process = psutil.Process(pid)
+                tree |= {pid: process} | {child.pid: child for child in process.children(recursive=True)}
+    return [process for process in tree.values() if _name(process) != NAME and _is_alive(process.pid)]
 
 
 def memory_of(leader: int) -> int:
-    """Bytes of memory that an engine's processes have for themselves: not the arena's pages, nor mapped files."""
-    return sum(map(_anonymous, _family(leader)))
+    """Return the bytes of memory that an engine's processes have for themselves: neither the arena nor mapped files."""
+    return sum(map(private_memory, processes_of(leader)))
+
+
+def private_memory(process: psutil.Process) -> int:
+    """Return the bytes of a process's anonymous memory; 0 if it has ended."""
+    with suppress(psutil.Error):
+        memory = process.memory_info()
+        return int(memory.rss - memory.shared)
+    return 0
 
 
 def state_of(pid: int) -> str:
-    """The states, as ps names them, of a process's threads that have not ended: "D", "RS"; "" where there are none."""
-    return "".join(sorted({thread.state for thread in _listed(_PROC / str(pid) / "task")} - set(_ENDED)))
+    """Return the states of a process's live threads, as ps abbreviates them: "D", "RS"; "" if none is alive."""
+    states: set[str] = set()
+    with suppress(OSError):
+        for thread in (Path("/proc") / str(pid) / "task").iterdir():
+            with suppress(OSError):  # ended meanwhile
+                # The state follows the name, which is in parentheses and may contain some.
+                states.add((thread / "stat").read_text(errors="replace").rpartition(") ")[2][0])
+    return "".join(sorted(states - {"Z", "X"}))
 
 
-def end_group(leader: int) -> int | None:
-    """Kills the group of a process that has ended but is not reaped, and waits until nobody in it lives.
+def end_group(leader: int, timeout: float = KILL_SECONDS) -> int | None:
+    """Kill a process group and wait until all of its processes have ended.
 
-    Once the leader is reaped its number may be another's. Returns one that lives on all the same, after some seconds.
+    Args:
+        leader: The group's leader, which must not have been reaped: its number could be another process's by now.
+        timeout: Seconds to wait.
+
+    Returns:
+        A process that is still alive after the timeout, or None.
     """
-    end = time.monotonic() + _KILL_SECONDS
+    deadline = time.monotonic() + timeout
     while True:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(leader, signal.SIGKILL)
-        survivor = next((p.pid for p in _listed(_PROC) if p.group == leader and not p.dead), None)
-        if survivor is None or time.monotonic() > end:
+        survivor = next(filter(_is_alive, _group(leader)), None)
+        if survivor is None or time.monotonic() > deadline:
             return survivor
-        time.sleep(0.005)
+        time.sleep(_POLL_SECONDS)
 
 
-def _family(leader: int) -> Iterator[int]:
-    """Numbers of the processes that live, the guardian's left out."""
-    children: dict[int, list[_Process]] = defaultdict(list)
-    found: list[_Process] = []
-    for process in _listed(_PROC):
-        children[process.parent].append(process)
-        if process.group == leader or process.pid == leader:
-            found.append(process)
-    seen: set[int] = set()
-    while found:
-        process = found.pop()
-        if process.pid not in seen:
-            seen.add(process.pid)
-            found += children[process.pid]
-            if process.name != NAME and not process.dead:
-                yield process.pid
+def _group(leader: int) -> Iterator[int]:
+    """Yield the members of a process group, ended ones that nobody has reaped included."""
+    for pid in psutil.pids():
+        with suppress(OSError):  # ended meanwhile
+            if os.getpgid(pid) == leader:
+                yield pid
 
 
-def _listed(folder: Path) -> Iterator[_Process]:
-    """The processes of /proc, or a process's threads of its "task"."""
-    pids: list[str] = []
-    with suppress(OSError):  # gone meanwhile
-        pids = os.listdir(folder)
-    for pid in filter(str.isdecimal, pids):
-        with suppress(OSError):
-            # The name is in brackets, and may have brackets and spaces in it.
-            head, _, rest = (folder / pid / "stat").read_bytes().rpartition(b") ")
-            name = head.partition(b" (")[2].decode("utf-8", "replace")
-            state, parent, group = rest.split(None, 3)[:3]
-            yield _Process(int(pid), name, state.decode(), int(parent), int(group))
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return process.name()
+    return ""
 
 
-def _anonymous(pid: int) -> int:
-    with suppress(OSError):
-        for line in (_PROC / str(pid) / "status").read_bytes().splitlines():
-            if line.startswith(b"RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
+def _is_alive(pid: int) -> bool:
+    """Return whether a process has a live thread. The first thread alone may have ended, as a zombie."""
+    try:
+        return psutil.Process(pid).status() not in _ENDED or bool(state_of(pid))
+    except psutil.NoSuchProcess:
+        return False

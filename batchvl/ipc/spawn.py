@@ -1,9 +1,9 @@
 """Child processes that never outlive the runner.
 
-A child is started as `python -m batchvl.…`, never by importing the user's main module again, so a run works from a
-notebook. It dies with its parent two ways: the kernel kills it (PR_SET_PDEATHSIG), and a pipe whose other end the
-runner holds reaches its end, which also covers a parent that went between fork and prctl. What an engine starts by
-itself, its guardian ends (`engines/guardian.py`).
+A child is started as `python -m batchvl.…` and never imports the user's main module, so that a run works from a
+notebook. It dies with its parent in two ways: the kernel kills it (PR_SET_PDEATHSIG), and a pipe whose other end the
+runner holds is closed, which covers a parent that died between fork and prctl. Processes that an engine starts itself
+are killed by its watchdog (`ipc/watchdog.py`).
 """
 
 from __future__ import annotations
@@ -19,26 +19,62 @@ from pathlib import Path
 from typing import IO
 
 _PR_SET_PDEATHSIG = 1
-_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
+
+_INHERITED = {
+    "CONDA_PREFIX",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_MODULES_CACHE",
+    "HOME",
+    "LANG",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "PATH",
+    "TMPDIR",
+    "TRANSFORMERS_OFFLINE",
+    "TZ",
+    "USER",
+    "VIRTUAL_ENV",
+}
+_INHERITED_PREFIXES = ("LC_", "PYTHON", "MALLOC_", "COVERAGE_")
+# malloc keeps the memory of one image for the next: without the page faults, decoding is 15 to 20 % faster.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**26)}
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_ISOLATED = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 class ParentPipe:
-    """The runner's end of the pipe; children hold the other. `fd` is for their `pass_fds`."""
+    """A pipe that the children read and the runner never writes to: its end of file means that the runner has ended.
+
+    Attributes:
+        fd: The read end, for the children's `pass_fds`.
+    """
 
     def __init__(self) -> None:
-        self.fd, self._held = os.pipe2(os.O_CLOEXEC)
+        self.fd, self._write_end = os.pipe2(os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Tells every child that still holds the other end to leave."""
-        os.close(self._held)
+        """Close the runner's end, which makes every child that still watches the pipe exit."""
+        os.close(self._write_end)
         os.close(self.fd)
 
 
 def spawn(
     module: str, arguments: Sequence[str], fds: Sequence[int], environment: Mapping[str, str], log: IO[bytes]
 ) -> subprocess.Popen[bytes]:
-    """Starts `python -m module` with the descriptors inherited under their own numbers; output goes to `log`."""
-    path = os.pathsep.join(filter(None, (_PACKAGE_PARENT, environment.get("PYTHONPATH"))))
+    """Start `python -m module` in a process group of its own.
+
+    Args:
+        module: The module to run.
+        arguments: Its command-line arguments.
+        fds: File descriptors that the child inherits, under the same numbers.
+        environment: Environment variables.
+        log: File for standard output and standard error.
+    """
+    path = os.pathsep.join(filter(None, (_SOURCE_ROOT, environment.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module, *arguments],
         pass_fds=tuple(fds),
@@ -46,24 +82,32 @@ def spawn(
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        process_group=0,  # a terminal's Ctrl-C is the runner's to handle, not its children's
+        process_group=0,  # only the runner handles a terminal's Ctrl-C
     )
 
 
 def die_with_parent(parent: int) -> None:
-    """In a child: die with the parent, whose process id is `parent`, and leave signals to the runner.
+    """Make the kernel kill this process when its parent ends, and ignore the signals that the runner handles.
 
-    Slurm and terminals signal every process of a job, and what is in the engine has a grace period.
+    Slurm and terminals signal every process of a job, but rows in the engine have a grace period.
+
+    Args:
+        parent: The parent's process ID. If it is no longer the parent, this process exits immediately.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        os._exit(1)  # it was gone before the kernel knew whom to watch
+        os._exit(1)  # the parent ended before the call of prctl
 
 
 def watch_parent(fd: int, parent: int) -> None:
-    """In a child: `die_with_parent`, and leave when the pipe `fd` ends as well. Starts a thread."""
+    """Call `die_with_parent`, and start a thread that exits this process when the runner closes its `ParentPipe`.
+
+    Args:
+        fd: The read end of the pipe.
+        parent: The parent's process ID.
+    """
     die_with_parent(parent)
 
     def watch() -> None:
@@ -71,25 +115,16 @@ def watch_parent(fd: int, parent: int) -> None:
             pass
         os._exit(1)
 
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
-
-
-_KEPT = {
-    "PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD",
-    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_MODULES_CACHE", "TRANSFORMERS_OFFLINE",
-}  # fmt: skip
-# Memory of one picture is kept for the next: decoding is 15 to 20 % faster without the page faults.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**26)}
-_KEPT_PREFIXES = ("LC_", "PYTHON", "MALLOC_")
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def sanitized_env(environment: Mapping[str, str]) -> dict[str, str]:
-    """What image workers, which read strangers' bytes, may see of the environment: no tokens, no GPU, one thread.
+    """Return the environment of image workers, which parse untrusted data: no secrets, no GPU, one thread.
 
     >>> sorted(sanitized_env({"HF_TOKEN": "s", "PATH": "/bin"}))[:2]
     ['CUDA_VISIBLE_DEVICES', 'HF_HUB_OFFLINE']
     """
-    kept = {k: v for k, v in environment.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    apart = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return {**_MALLOC, **kept, **threads, **apart}
+    inherited = {
+        name: value for name, value in environment.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
+    return {**_MALLOC, **inherited, **_ONE_THREAD, **_ISOLATED}
