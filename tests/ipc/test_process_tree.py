@@ -162,7 +162,7 @@ def half_ended():
 
 
 def test_a_process_with_a_live_thread_is_alive(half_ended):
-    assert state_of(half_ended.pid) == "S"
+    wait_until(lambda: state_of(half_ended.pid) == "S")  # it may still run on a busy machine
     assert [process.pid for process in processes_of(half_ended.pid)] == [half_ended.pid]
     half_ended.kill()
     wait_until(lambda: not state_of(half_ended.pid))
