@@ -10,7 +10,7 @@ import batchvl
 
 ELSEWHERE = {
     f"batchvl.engines.lmdeploy.{name}"
-    for name in ("conversation", "dtypes", "inputs", "model", "preparation", "processor", "scaling", "streaming")
+    for name in ("conversation", "handles", "inputs", "model", "model_config", "preparation", "processor")
 }  # want LMDeploy, which this environment's torch is too new for
 MODULES = [
     found.name

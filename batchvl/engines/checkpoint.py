@@ -1,4 +1,4 @@
-"""A model's name to a folder with its files, for the engines that load a model themselves."""
+"""Find the directory with a model's files, for engines that load models themselves."""
 
 from __future__ import annotations
 
@@ -21,47 +21,59 @@ from huggingface_hub.errors import (
 from ..errors import ModelError
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-NOT_FILES = ("original/*", "onnx/*", "consolidated*")
-"""Second copies of the weights that some repositories carry in other forms."""
+IGNORED_FILES = ("original/*", "onnx/*", "consolidated*")
+"""Copies of the weights in other formats, which some repositories contain."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files in a folder."""
+    """A directory with a model's files."""
 
     path: str
     revision: str | None = None
-    """The commit, of a model from a hub."""
+    """The commit, if the model is from a hub."""
 
     @property
     def weight_bytes(self) -> int:
+        """Total size of the weight files."""
         return sum(file.stat().st_size for file in Path(self.path).glob("*.safetensors"))
 
 
-def find(model: str, revision: str | None = None, code: bool = False) -> Checkpoint:
-    """The folder of a model: itself where it is one, else downloaded from the Hugging Face hub into its cache.
+def find_checkpoint(model: str, revision: str | None = None, code: bool = False) -> Checkpoint:
+    """Return a model's directory: `model` itself if it is one, else a download from the Hugging Face hub in its cache.
 
-    `code` fetches the repository's own Python files as well. A token is taken from the environment (HF_TOKEN).
-    Raises ModelError.
+    An access token is taken from the environment (HF_TOKEN).
+
+    Args:
+        model: A directory, or a name on the hub.
+        revision: A branch, tag or commit on the hub.
+        code: Whether to download the repository's Python files as well.
+
+    Raises:
+        ModelError: The model was not found or cannot be downloaded.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    directory = Path(model).expanduser()
+    if directory.is_dir():
         if revision is not None:
-            raise ModelError(f"{model}: is a folder, and has no --revision {revision}: that is for models of the hub")
-        return _checked(Checkpoint(str(folder.resolve())), model)
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ModelError(f"{model}: no such folder: want a folder of a Hugging Face checkpoint, or a name of its hub")
-    where = f"{model}" + (f", revision {revision}" if revision else "")
+            raise ModelError(f"{model}: --revision {revision} applies to models on the hub, but this is a directory")
+        return _checked(Checkpoint(str(directory.resolve())), model)
+    if directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(
+            f"{model}: no such directory; expected a directory with a Hugging Face checkpoint, or a name on its hub"
+        )
+    where = model + (f", revision {revision}" if revision else "")
     try:
-        found = snapshot_download(
+        path = snapshot_download(
             model,
             revision=revision,
             allow_patterns=[*FILES, "*.py"] if code else list(FILES),
-            ignore_patterns=list(NOT_FILES),
+            ignore_patterns=list(IGNORED_FILES),
             token=os.environ.get("HF_TOKEN"),
         )
     except HFValidationError:
-        raise ModelError(f"{model}: no such folder, and no name of the Hugging Face hub (owner/name) either") from None
+        raise ModelError(
+            f"{model}: neither a directory nor a valid name on the Hugging Face hub (owner/name)"
+        ) from None
     except GatedRepoError:
         raise ModelError(
             f"{where}: the model is gated: accept its terms on https://huggingface.co/{model} "
@@ -71,26 +83,28 @@ def find(model: str, revision: str | None = None, code: bool = False) -> Checkpo
         raise ModelError(f"{where}: the model has no such revision") from None
     except RepositoryNotFoundError:
         raise ModelError(
-            f"{where}: neither a folder here nor a model on the Hugging Face hub (if it is private, set HF_TOKEN)"
+            f"{where}: neither a directory nor a model on the Hugging Face hub (if it is private, set HF_TOKEN)"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelError(
-            f"{where}: no such folder here, not in the hub's cache, and the Hugging Face hub cannot be reached: "
-            f"give a folder, or download the model beforehand with `hf download {model}` ({first_line(error)})"
+            f"{where}: no such directory, not in the hub's cache, and the Hugging Face hub cannot be reached: "
+            f"use a directory, or download the model beforehand with `hf download {model}` ({first_line(error)})"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{where}: downloading from the Hugging Face hub failed: {first_line(error)}") from None
-    return _checked(Checkpoint(found, Path(found).name), model)
+        raise ModelError(f"{where}: cannot download from the Hugging Face hub: {first_line(error)}") from None
+    return _checked(Checkpoint(path, Path(path).name), model)
 
 
 def _checked(checkpoint: Checkpoint, model: str) -> Checkpoint:
     if not (Path(checkpoint.path) / "config.json").is_file():
-        raise ModelError(f"{model}: found no config.json in {checkpoint.path}: not a Hugging Face checkpoint")
+        raise ModelError(f"{model}: not a Hugging Face checkpoint: there is no config.json in {checkpoint.path}")
     if not checkpoint.weight_bytes:
-        raise ModelError(f"{model}: found no *.safetensors in {checkpoint.path}: weights of other forms are not loaded")
+        raise ModelError(
+            f"{model}: there are no *.safetensors in {checkpoint.path}; other weight formats are not supported"
+        )
     return checkpoint
 
 
 def first_line(error: Any) -> str:
-    """What an error says, for a message that has room for one line."""
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from batchvl.config.options import LmdeployOptions, PromptOptions, SamplingOptions
 from batchvl.engines.base import EngineSpec
-from batchvl.prompts.template import Prompter
+from batchvl.prompts.prompter import Prompter
 from batchvl.types import InlineImage, Request, Response, Row
 
 from . import cpu_core
@@ -23,9 +23,6 @@ from .in_process import Line, picture, started
 
 SOON = 4.0
 """Seconds; a row that LMDeploy's own abort does not reach is given 2 before it is cancelled."""
-PREPARING = 8
-"""As many rows as the engine has in LMDeploy's preparation at once."""
-
 
 def spec(model: Path | str, *, flags: dict[str, Any] | None = None, **settings: Any) -> EngineSpec:
     """What the engine is told; `flags` are of LmdeployOptions."""
@@ -38,7 +35,7 @@ class CoreLine:
 
     def __init__(self, line: Line, core: cpu_core.Core) -> None:
         self.line, self.core = line, core
-        self.loaded = line.engine._model
+        self.loaded = line.engine.model
 
     def request(self, row: Row, prompt: dict[str, Any] | None = None, **sampling: Any) -> Request:
         """The row as the runner asks it."""
@@ -71,9 +68,9 @@ class CoreLine:
         return {
             "handles": loaded.sessions.request_handle_pool.num_dispatched,
             "sessions": len(loaded.sessions.sessions),
-            "room": loaded.room._size - loaded.room._left,
-            "preparing": PREPARING - loaded.preparing._value,
-            "rows": len(self.line.engine._rows),
+            "room": loaded.tile_budget.held,
+            "preparing": loaded.preparing,
+            "rows": self.line.engine.rows_in_flight,
             "core": self.core.inflight,
             "blocks": self.line.arena.blocks - self.line.arena.free_blocks,
         }
@@ -105,7 +102,7 @@ async def with_core(
 ) -> AsyncIterator[CoreLine]:
     """The engine, started; what it was asked at its start is forgotten. own: LMDeploy prepares the pictures itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("batchvl.engines.lmdeploy.model.SERIES", "0.0." if own else "0.18.")
+        patch.setattr("batchvl.engines.lmdeploy.model.SUPPORTED_SERIES", "0.0." if own else "0.18.")
         cores = cpu_core.install(patch.setattr, **(behaviour or {"answer": "digest"}))
         async with started(spec(model, **settings), megabytes=megabytes) as line:
             [core] = cores

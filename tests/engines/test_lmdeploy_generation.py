@@ -250,10 +250,10 @@ async def test_how_an_answer_ended_is_told(line: CoreLine):
 async def test_every_error_of_lmdeploy_s_is_known():
     from lmdeploy.serve.core import ErrorCode
 
-    from batchvl.engines.lmdeploy.failures import FAILURES
+    from batchvl.engines.lmdeploy.conversation import ROW_ERRORS
 
-    assert {code.value for code in ErrorCode} == {*FAILURES, "engine_unavailable"}
-    assert set(FAILURES.values()) <= set(row_errors())
+    assert {code.value for code in ErrorCode} == {*ROW_ERRORS, "engine_unavailable"}
+    assert set(ROW_ERRORS.values()) <= set(row_errors())
 
 
 STATUSES = {

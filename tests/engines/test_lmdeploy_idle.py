@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from batchvl.engines.lmdeploy import idle as waits
 from batchvl.shapes import MODEL
 from batchvl.types import Row
 from tests.engines.cpu_core import ROWS
@@ -19,7 +18,9 @@ pytestmark = pytest.mark.lmdeploy
 async def waited(line: CoreLine) -> float:
     """The share of the next second in which it waited, after the moment that it takes to see a change."""
     engine = line.line.engine
-    await asyncio.sleep(3 * waits.LOOK_SECONDS + waits.QUEUE_SECONDS)
+    from batchvl.engines.lmdeploy.handles import CHECK_SECONDS, QUEUE_SECONDS
+
+    await asyncio.sleep(3 * CHECK_SECONDS + QUEUE_SECONDS)
     before, since = engine.wait_seconds, time.monotonic()
     await asyncio.sleep(1)
     return (engine.wait_seconds - before) / (time.monotonic() - since)

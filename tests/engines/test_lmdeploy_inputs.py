@@ -55,10 +55,10 @@ def test_all_that_lmdeploy_gives_comes_out_as_it_went_in():
 
 
 def test_a_salt_gives_pictures_other_fingerprints_and_nothing_else():
-    from batchvl.engines.lmdeploy.inputs import PICTURES
+    from batchvl.engines.lmdeploy.inputs import IMAGES
 
     pictures = [{"offset": number, "fingerprint": bytes([number]) * 32} for number in range(2)] + [{"offset": 2}]
-    for key in (PICTURES, "multimodal"):
+    for key in (IMAGES, "multimodal"):
         found = [crossed({key: pictures, "input_ids": [1]}, salt) for salt in (0, 1, 2, 1)]
         assert found[0] == {key: pictures, "input_ids": [1]}
         assert found[1] == found[3]
@@ -71,5 +71,5 @@ def test_a_salt_gives_pictures_other_fingerprints_and_nothing_else():
 def test_what_cannot_cross_is_named():
     from batchvl.engines.lmdeploy.inputs import pack
 
-    with pytest.raises(TypeError, match="gave a object, which does not cross"):
+    with pytest.raises(TypeError, match="returned a object, which cannot be sent"):
         pack({"multimodal": [{"what": object()}]})

@@ -105,7 +105,7 @@ async def test_a_model_without_a_template_wants_one_and_takes_internlm2_s_form_b
     assert "no chat template" in said
     assert "--chat-template" in said
     assert strip(named) == strip(plain)
-    assert any("InternLM2's form of chats is used" in note for note in told.notes)
+    assert any("InternLM2's chat format is used" in note for note in told.notes)
 
 
 def strip(text: str) -> str:
@@ -161,13 +161,13 @@ async def test_the_template_s_hash_is_that_of_its_text(copied):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{not json", "cannot be read as JSON"),
-        ('["a", "list"]', "cannot be read as JSON"),
+        ("{not json", "cannot read it as JSON"),
+        ('["a", "list"]', "cannot read it as JSON"),
         ('{"users": "a field that there is none of"}', "users"),
         ('{"user": 3}', "user"),
-        ('{"model_name": "internvl-internlm2"}', "LMDeploy dropped the template 'internvl-internlm2'"),
-        ('{"model_name": "intern-vl"}', "model_name 'intern-vl' is no template that LMDeploy knows"),
-        ('{"meta_instruction": "Be brief."}', "names no model_name"),
+        ('{"model_name": "internvl-internlm2"}', "LMDeploy removed the template 'internvl-internlm2'"),
+        ('{"model_name": "intern-vl"}', "does not know the template 'intern-vl' of model_name"),
+        ('{"meta_instruction": "Be brief."}', "there is no model_name"),
     ],
 )
 async def test_a_template_s_file_that_is_broken_is_refused(tmp_path, text, said):
@@ -195,7 +195,7 @@ class TestOptions:
     )
     async def test_what_has_a_flag_is_given_by_it(self, name):
         said = await refusal(OptionError, options={name: 1})
-        assert f"--engine-option {name}: give it as --{name.replace('_', '-')}" in said
+        assert f"--engine-option {name}: use --{name.replace('_', '-')}" in said
 
     @pytest.mark.parametrize(
         ("options", "said"),
@@ -219,7 +219,7 @@ class TestOptions:
     async def test_turbomind_that_does_not_load_names_what_is_missing(self):
         said = await refusal(EngineUnavailable, flags={"backend": "turbomind"})
         assert "libcublas.so.12" in said
-        assert "--backend pytorch does without" in said
+        assert "--backend pytorch works without it" in said
 
     async def test_more_gpus_than_there_are(self):
         assert "--tp 2: found 1 GPUs" in await refusal(EngineUnavailable, flags={"tp": 2})
@@ -228,7 +228,7 @@ class TestOptions:
         assert "--dtype float32" in await refusal(OptionError, dtype="float32")
 
     async def test_devices(self, monkeypatch):
-        assert "want auto, cuda or cuda:N" in await refusal(OptionError, device="cpu")
+        assert "takes auto, cuda or cuda:N" in await refusal(OptionError, device="cpu")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
         assert "--device cuda:7: CUDA_VISIBLE_DEVICES=3,5 leaves 2" in await refusal(OptionError, device="cuda:7")
         assert "--tp 2" in await refusal(OptionError, device="cuda:1", flags={"tp": 2})
@@ -348,7 +348,7 @@ class TestModels:
         )
         said = await refusal(ModelError, model)
         assert "Qwen2ForCausalLM" in said
-        assert "as a model for pictures" in said
+        assert "as a vision-language model" in said
 
     async def test_a_model_of_an_unknown_kind(self, copied):
         model = copied("internvl")
@@ -366,7 +366,7 @@ class TestModels:
         assert "architecture" in await refusal(ModelError, model)
 
     async def test_a_folder_that_is_not_there(self, tmp_path):
-        assert "no such folder" in await refusal(ModelError, tmp_path / "nowhere")
+        assert "no such directory" in await refusal(ModelError, tmp_path / "nowhere")
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -423,7 +423,7 @@ async def test_a_core_that_fails_the_first_question_is_found_before_any_row(beha
     error = await failed_load(behaviour)
 
     assert isinstance(error, ModelError)
-    assert "a first question about a blank picture failed" in str(error)
+    assert "the first request, about a blank image, failed" in str(error)
 
 
 async def test_a_missing_library_is_named(monkeypatch):
@@ -435,11 +435,11 @@ async def test_nothing_of_a_closed_engine_goes_on(monkeypatch):
     """Also where the answer to what it asks LMDeploy each second comes at that very moment."""
     asked, answer = asyncio.Event(), asyncio.get_running_loop().create_future()
 
-    async def probe(self, model):
+    async def probe(model, stall_seconds):
         asked.set()
         return await answer
 
-    monkeypatch.setattr("batchvl.engines.lmdeploy.engine.LmdeployEngine._probe", probe)
+    monkeypatch.setattr("batchvl.engines.lmdeploy.engine.probe_health", probe)
     before = asyncio.all_tasks()
     async with with_core(MODEL) as started:
         await asked.wait()

@@ -10,7 +10,10 @@ import pytest_asyncio
 from batchvl.ipc import arena
 from batchvl.shapes import MODEL
 from tests.engines.in_process import picture
-from tests.engines.lmdeploy_line import PREPARING, CoreLine, Rows, until, with_core
+from tests.engines.lmdeploy_line import CoreLine, Rows, until, with_core
+
+PREPARATION_SLOTS = 8
+"""As in batchvl.engines.lmdeploy.model, which this file may not import without LMDeploy."""
 
 pytestmark = [pytest.mark.lmdeploy, pytest.mark.asyncio(loop_scope="module")]
 
@@ -36,8 +39,8 @@ async def rows(line: CoreLine):
 
 
 async def test_that_it_does_is_told(line: CoreLine):
-    assert "batchvl was made with and for 0.0.x" in line.line.info.notes[0]
-    assert "LMDeploy prepares the pictures for InternVLForConditionalGeneration itself" in line.line.info.notes[1]
+    assert "batchvl supports 0.0.x" in line.line.info.notes[0]
+    assert "LMDeploy itself prepares the images for InternVLForConditionalGeneration" in line.line.info.notes[1]
 
 
 async def test_rows_in_lmdeploy_s_preparation_and_in_line_for_it(line: CoreLine, rows: Rows, monkeypatch):
@@ -49,18 +52,18 @@ async def test_rows_in_lmdeploy_s_preparation_and_in_line_for_it(line: CoreLine,
         return prepare(messages)
 
     monkeypatch.setattr(model, "preprocess", slowly)
-    for number in range(PREPARING + 4):
+    for number in range(PREPARATION_SLOTS + 4):
         await rows.put(number, "quick", pictures=1)
-    await until(lambda: line.left()["preparing"] == PREPARING and line.left()["rows"] == PREPARING + 4)
+    await until(lambda: line.left()["preparing"] == PREPARATION_SLOTS and line.left()["rows"] == PREPARATION_SLOTS + 4)
 
-    await rows.aborted(PREPARING + 1)  # in line
+    await rows.aborted(PREPARATION_SLOTS + 1)  # in line
     await rows.aborted(2)  # one of those at work
-    assert not any(answer.done() for number, answer in rows.answers.items() if number not in (2, PREPARING + 1))
+    assert not any(answer.done() for number, answer in rows.answers.items() if number not in (2, PREPARATION_SLOTS + 1))
 
     gate.set()
-    for number in range(PREPARING + 4):
+    for number in range(PREPARATION_SLOTS + 4):
         failure = (await rows[number]).failure
-        assert (failure is None) == (number not in (2, PREPARING + 1))
+        assert (failure is None) == (number not in (2, PREPARATION_SLOTS + 1))
 
 
 async def test_an_aborted_row_s_answer_is_not_told_before_its_pictures_are_read(
@@ -97,7 +100,7 @@ async def test_room_for_pictures_is_learnt_from_what_they_take(line: CoreLine):
     await line.asked("Who?", [picture(90, 40)])
     await line.idle()
 
-    assert line.loaded.room._largest < 2**20
+    assert line.loaded.tile_budget.image_bytes < 2**20
 
 
 async def test_what_lmdeploy_s_preparation_raises_is_quoted(line: CoreLine, monkeypatch):
@@ -120,11 +123,11 @@ async def test_what_lmdeploy_s_preparation_raises_is_quoted(line: CoreLine, monk
 
 
 async def test_a_row_that_waits_for_room_for_its_pictures(line: CoreLine, rows: Rows):
-    room = line.loaded.room
+    budget = line.loaded.tile_budget
     await rows.put(5, "quick", pictures=1)
     assert (await rows[5]).failure is None  # now it is known what a picture takes
-    taken = room._left
-    room._left = 0
+    acquiring = budget.acquire(budget.size // budget.image_bytes + 1)
+    held = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(acquiring, line.loaded.loop))
     try:
         for number in range(3):
             await rows.put(number, "quick", pictures=1)
@@ -133,5 +136,5 @@ async def test_a_row_that_waits_for_room_for_its_pictures(line: CoreLine, rows: 
         assert line.left()["sessions"] == 0, "they wait for room"
         await rows.aborted(1)
     finally:
-        line.loaded.loop.call_soon_threadsafe(room.release, taken)
+        line.loaded.loop.call_soon_threadsafe(budget.release, held)
     assert [(await rows[number]).failure is None for number in range(3)] == [True, False, True]

@@ -20,13 +20,13 @@ from batchvl.images.decode import decode
 from batchvl.images.packing import ArenaPacker
 from batchvl.shapes import MODEL
 from batchvl.types import Image as Told
-from batchvl.types import InlineImage, Row
+from batchvl.types import Extent, InlineImage, Row
 from tests.engines.in_process import ask, picture, request
 from tests.engines.lmdeploy_line import CoreLine, with_core
 from tests.tiny_models import internvl, internvl_classic, qwen2_5_vl
 
 if TYPE_CHECKING:  # it wants LMDeploy, and both environments collect this file
-    from batchvl.engines.lmdeploy.preparation import Preparation
+    from batchvl.engines.lmdeploy.preparation import LmdeployPreparation
 
 pytestmark = [pytest.mark.lmdeploy, pytest.mark.asyncio(loop_scope="module")]
 
@@ -51,8 +51,8 @@ async def both(request, model):
         with_core(model, megabytes=64, **roomy) as ours,
         with_core(model, own=True, megabytes=64, **roomy) as own,
     ):
-        assert ours.line.preparation_spec.factory.endswith(":Preparation")
-        assert own.line.preparation_spec.factory.endswith(":Pictures")
+        assert ours.line.preparation_spec.factory.endswith(":LmdeployPreparation")
+        assert own.line.preparation_spec.factory.endswith(":RawImages")
         yield ours, own
 
 
@@ -151,7 +151,7 @@ async def test_no_pixel_is_copied_on_its_way_into_the_engine(model):
         line.core.ask = looking
         await line.asked("Who?", [picture(90, 40)])
         await line.ask(["Who?", "Why?"], [picture(90, 40)])
-        start = torch.frombuffer(line.line.engine._arena._view, dtype=torch.uint8).data_ptr()
+        start = torch.frombuffer(line.line.arena.at(Extent(0, line.line.arena.size)), dtype=torch.uint8).data_ptr()
         assert [start <= pointer < start + line.line.arena.size for pointer in seen] == [True] * 3
 
 
@@ -163,15 +163,17 @@ def preparation(request, model):
     return prepares(model, request.param)
 
 
-def prepares(model, max_tiles=None, **more) -> Preparation:
-    from batchvl.engines.lmdeploy.preparation import Preparation
+def prepares(model, max_tiles=None, **more) -> LmdeployPreparation:
+    from batchvl.engines.lmdeploy.preparation import LmdeployPreparation
 
-    architecture = json.loads((Path(model) / "config.json").read_text())["architectures"][0]
-    told = {"draft_decode": True, "fingerprints": False, **more}
-    return Preparation(str(model), architecture, True, "float32", None, max_tiles, **told)
+    [architecture] = json.loads((Path(model) / "config.json").read_text())["architectures"]
+    options = {"architecture": architecture, "draft_decode": True, "fingerprints": False, **more}
+    return LmdeployPreparation(
+        str(model), trust_remote_code=True, dtype="float32", template=None, max_tiles=max_tiles, **options
+    )
 
 
-def made(preparation: Preparation, drawn: Image.Image) -> tuple[dict[str, Any], list[numpy.ndarray]]:
+def made(preparation: LmdeployPreparation, drawn: Image.Image) -> tuple[dict[str, Any], list[numpy.ndarray]]:
     """The prompt's tokens, the picture's part but for its tensors and its size, and those tensors."""
     arrays = preparation.prepare(request(0, ask("Who?", 0)), [drawn], [Told("it", sha256="0")])
     inputs = msgspec.msgpack.decode(arrays.pop("inputs").tobytes())
@@ -187,7 +189,7 @@ DRAWN = [(FEW.randint(2, 400), FEW.randint(2, 400)) for _ in range(40)]
 @pytest.mark.parametrize("size", [*SIZES, *DRAWN], ids=lambda size: "x".join(map(str, size)))
 async def test_the_size_that_is_made_of_a_picture(preparation, size):
     drawn = picture(*size, seed=size[0])
-    width, height = preparation.used(*size)
+    width, height = preparation.resized_size(*size)
     _, tensors = made(preparation, drawn)
     grids = [tensor.tolist() for tensor in tensors if tensor.dtype.kind == "i"]
     if grids:  # Qwen2.5-VL's, of patches of 4 x 4 pixels
@@ -204,9 +206,9 @@ async def test_the_size_that_is_made_of_a_picture(preparation, size):
             assert numpy.abs(eight_bits(preparation, tile) - expected.transpose(2, 0, 1)).mean() < 1
 
 
-def eight_bits(preparation: Preparation, tile: numpy.ndarray) -> numpy.ndarray:
+def eight_bits(preparation: LmdeployPreparation, tile: numpy.ndarray) -> numpy.ndarray:
     """A tile's pixels, 0 to 255, before they were normalised."""
-    images = getattr(preparation._encoder.model.processor, "image_processor", None)
+    images = getattr(preparation.vision_model.processor, "image_processor", None)
     mean, std = (
         ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if images is None else (images.image_mean, images.image_std)
     )
@@ -224,10 +226,10 @@ def jpeg(size: tuple[int, int]) -> bytes:
 )
 async def test_a_draft_becomes_the_same_tokens_and_tiles(preparation, size):
     data = jpeg(size)
-    drafted, told = decode(data, ImageOptions(draft_decode=True), "it", preparation.used)
-    whole, expected = decode(data, ImageOptions(), "it", preparation.used)
+    drafted, told = decode(data, ImageOptions(draft_decode=True), "it", preparation.resized_size)
+    whole, expected = decode(data, ImageOptions(), "it", preparation.resized_size)
     assert told == expected
-    used = preparation.used(*size)
+    used = preparation.resized_size(*size)
     assert (drafted.size != size) == all(have >= 2 * want for have, want in zip(size, used, strict=True))
     assert all(have >= want for have, want in zip(drafted.size, used, strict=True)) or drafted.size == size
     (inputs, tensors), (inputs_of_whole, tensors_of_whole) = made(preparation, drafted), made(preparation, whole)
@@ -240,17 +242,17 @@ async def test_a_draft_becomes_the_same_tokens_and_tiles(preparation, size):
 async def test_a_draft_that_would_be_tiled_otherwise_is_not_taken(tmp_path):
     """A height of 1733 does not halve: the aspect ratio is a little over 3 to 2, and the draft's a little under."""
     preparation = prepares(internvl(tmp_path / "internvl"))
-    assert (preparation.used(2600, 1733), preparation.used(1300, 867)) == ((56, 28), (56, 56))
-    assert decode(jpeg((2600, 1733)), ImageOptions(draft_decode=True), "it", preparation.used)[0].size == (2600, 1733)
+    assert (preparation.resized_size(2600, 1733), preparation.resized_size(1300, 867)) == ((56, 28), (56, 56))
+    assert decode(jpeg((2600, 1733)), ImageOptions(draft_decode=True), "it", preparation.resized_size)[0].size == (2600, 1733)
 
 
 async def test_pictures_that_a_model_refuses_have_no_size(tmp_path):
-    assert prepares(qwen2_5_vl(tmp_path / "qwen")).used(30, 6030) is None
+    assert prepares(qwen2_5_vl(tmp_path / "qwen")).resized_size(30, 6030) is None
 
 
-async def test_models_that_tile_in_ways_unknown_have_no_size(preparation, monkeypatch):
-    monkeypatch.setattr(preparation, "_architecture", "LlavaForConditionalGeneration")
-    assert preparation.used(4000, 3000) is None
+async def test_models_that_tile_in_ways_unknown_have_no_size(model):
+    preparation = prepares(model, architecture="LlavaForConditionalGeneration")
+    assert preparation.resized_size(4000, 3000) is None
 
 
 async def test_drafts_have_other_fingerprints(model):

@@ -250,5 +250,5 @@ def test_a_temperature_that_lmdeploy_does_not_take_is_an_error_of_the_command(tm
 def test_a_gpu_that_is_too_small_is_an_error_of_the_command_with_advice(tmp_path, manifest):
     said = refused(tmp_path, manifest, load="CUDA out of memory. Tried to allocate 2.50 GiB.")
 
-    for word in ("too little GPU memory", "16.0 of 16.0 GiB", "--cache-max-entry-count below 0.8", "--session-len"):
+    for word in ("ran out of GPU memory", "16.0 of 16.0 GiB", "--cache-max-entry-count below 0.8", "--session-len"):
         assert word in said

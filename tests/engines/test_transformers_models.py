@@ -14,7 +14,7 @@ from PIL import Image
 
 from batchvl.config.options import ImageOptions
 from batchvl.engines.base import EngineSpec
-from batchvl.engines.checkpoint import find
+from batchvl.engines.checkpoint import find_checkpoint
 from batchvl.engines.cuda import wait_for_memory
 from batchvl.engines.transformers import TransformersEngine
 from batchvl.engines.transformers.device import choose_device, choose_dtype
@@ -59,7 +59,7 @@ async def refusal(model, **spec) -> str:
 
 
 async def test_a_missing_directory(tmp_path):
-    assert "no such folder" in await refusal(tmp_path / "nowhere")
+    assert "no such directory" in await refusal(tmp_path / "nowhere")
 
 
 async def test_a_directory_without_a_checkpoint(tmp_path):
@@ -142,7 +142,7 @@ def test_an_unknown_family_is_refused_with_its_arrays():
 
 
 def test_a_directory_is_found_by_its_path(models):
-    checkpoint = find(str(models["internvl"]))
+    checkpoint = find_checkpoint(str(models["internvl"]))
 
     assert checkpoint.revision is None
     assert checkpoint.weight_bytes > 100_000

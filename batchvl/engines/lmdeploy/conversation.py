@@ -1,4 +1,4 @@
-"""One row on its way through LMDeploy: its turns, the answer being given, its end."""
+"""One row on its way through LMDeploy: its turns, the growing answer, and how it ends or fails."""
 
 from __future__ import annotations
 
@@ -6,64 +6,75 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ContextLengthExceeded, RowError, RowTimeout
+from ...errors import (
+    ContextLengthExceeded,
+    EngineError,
+    EngineLost,
+    InferError,
+    PrepareFailed,
+    RequestRefused,
+    RowError,
+    RowTimeout,
+    Unsupported,
+)
 from ...ipc.arena import ArenaView
 from ...types import ContentPart, Failure, Message, Request, Response
-from . import raw_images as pictures
-from .failures import ended, failure
-from .inputs import PICTURES, is_packed, unpack
+from ..checkpoint import first_line
+from .inputs import IMAGES, is_packed, unpack
 from .precomputed import CompleteInputs, ImagesOnly
-from .sampling import Stops, settings
+from .preparation import read_image
+from .sampling import StopTexts, generation_config_fields
 
 if TYPE_CHECKING:
     from .model import LoadedModel
-    from .prefix import Prefix
+    from .prefix import SharedPrefix
 
-PATIENCE = 2.0
-"""Seconds that an aborted row has to end in order. LMDeploy's own abort does nothing for one that is not begun yet."""
+ABORT_SECONDS = 2.0
+"""How long an aborted row may take to end before its task is cancelled: LMDeploy's own abort has no effect on a request
+that has not begun."""
+
+_REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class ConversationTask:
-    """A request's state; all of it lives on the loop of LMDeploy's pipeline.
+    """The state of one request. Everything in it runs on the event loop of LMDeploy's pipeline.
 
-    The pictures stay where they lie until the row is over, and every turn takes them from there.
+    The images stay in the arena until the row ends; every turn reads them from there.
     """
 
     def __init__(self, request: Request, model: LoadedModel, arena: ArenaView) -> None:
         self._request, self._model, self._arena = request, model, arena
-        self._asked = list(request.messages)
+        self._messages = list(request.messages)
         self._texts: list[str] = []
         self._input_tokens = self._output_tokens = 0
-        self._cut = self._aborted = False
+        self._truncated = self._aborted = False
         self._session: Any = None
         self._prepared = unpack(request, arena) if is_packed(request) else None
-        self._room = 0
+        self._tile_bytes = 0
         self._task: asyncio.Task[Response] | None = None
-        self.prefix: Prefix | None = None
-        """What is computed ahead of this row and others, of the same pictures."""
+        self.prefix: SharedPrefix | None = None
+        """The computation of what this row has in common with others, which reads the same images."""
 
     @property
-    def inputs(self) -> dict[str, Any] | None:
-        """LMDeploy's, if they are prepared whole."""
-        return None if self._prepared is None or PICTURES in self._prepared else self._prepared
+    def complete_inputs(self) -> dict[str, Any] | None:
+        """LMDeploy's inputs, if an image worker has prepared all of them."""
+        return None if self._prepared is None or IMAGES in self._prepared else self._prepared
 
     @property
-    def pictures_at(self) -> tuple[int, int] | None:
-        """Where in the arena they lie, prepared, and their salt: the same for rows that share them."""
+    def images_key(self) -> tuple[int, int] | None:
+        """Where in the arena the prepared images are, and their salt: equal for rows that share them."""
         request = self._request
         return (request.extent.start, request.cache_salt) if request.extent is not None else None
 
     async def answer(self) -> Response:
-        """All turns. Raises EngineLost where LMDeploy's engine is gone."""
+        """Ask all turns. Raises EngineLost if LMDeploy's engine is gone."""
         self._task = asyncio.current_task()
         try:
-            await self._turn()
+            await self._ask_turn()
             for message in self._request.followups:
-                self._asked += (
-                    Message("assistant", (ContentPart(text=self._model.words.escaped(self._texts[-1])),)),
-                    message,
-                )
-                await self._turn()
+                answer = ContentPart(text=self._model.tokenizer_info.escape(self._texts[-1]))
+                self._messages += (Message("assistant", (answer,)), message)
+                await self._ask_turn()
         except RowError as error:
             return self._response(error)
         except asyncio.CancelledError:
@@ -72,93 +83,96 @@ class ConversationTask:
             return self._response(RowTimeout("aborted"))
         finally:
             if self.prefix is not None:
-                await self.prefix.over()
+                await self.prefix.wait()
         return self._response()
 
     async def abort(self) -> None:
-        """Ends the row, wherever it is, and returns once it has ended."""
+        """End the row, whatever it is doing, and return once it has ended."""
         self._aborted = True
         while self._task is None or not self._task.done():
             if self._session is not None:
                 await self._session.async_abort()
             if self.prefix is not None:
                 await self.prefix.abort()
-            if self._task is not None and not (await asyncio.wait([self._task], timeout=PATIENCE))[0]:
+            if self._task is not None and not (await asyncio.wait([self._task], timeout=ABORT_SECONDS))[0]:
                 self._task.cancel()
             await asyncio.sleep(0)
 
-    async def _turn(self) -> None:
+    async def _ask_turn(self) -> None:
         if self._aborted:
             raise RowTimeout("aborted")
         model = self._model
-        self._room = await model.room.take_pictures(0 if self._prepared else self._pictures())
+        self._tile_bytes = await model.tile_budget.acquire(0 if self._prepared else self._image_count())
         self._session = model.sessions.get()
         try:
-            answer = await self._ask()
+            answer = await self._generate()
         finally:
             model.sessions.remove(self._session)
             self._session = None
-            model.room.release(self._room)
-        self._texts.append(answer.end())
-        self._cut |= answer.cut
+            model.tile_budget.release(self._tile_bytes)
+        self._texts.append(answer.finish())
+        self._truncated |= answer.truncated
 
-    async def _ask(self) -> Answer:
+    async def _generate(self) -> Answer:
         from lmdeploy.serve.core import RequestError
 
-        model, stop = self._model, self._request.sampling.stop
-        stops = Stops(text for text in stop if text not in model.words.special)
+        model, special = self._model, self._model.tokenizer_info.special
+        stops = StopTexts(text for text in self._request.sampling.stop if text not in special)
         answer = Answer(stops, model.engine.tokenizer)
         try:
-            prepared = await self._preprocessed()
-            async with aclosing(model.engine.generate(prepared, stream_response=bool(stops))) as outputs:
-                async for out in outputs:
+            prompt = await self._preprocess()
+            async with aclosing(model.engine.generate(prompt, stream_response=bool(stops))) as outputs:
+                async for output in outputs:
                     model.steps += 1
-                    if answer.add(out):
+                    if answer.add(output):
                         await self._session.async_abort()
         except RequestError as error:
-            found = failure(error.code.value, error.message, error.__cause__)
-            if isinstance(found, ContextLengthExceeded):
-                said = f"{error.message} --session-len sets that, as far as the model and the GPU's memory go"
-                found = ContextLengthExceeded(said)
-            raise found from error
+            raise row_error(error.code.value, error.message, error.__cause__) from error
         finally:
             self._output_tokens += answer.tokens
         if self._aborted:
             raise RowTimeout("aborted")
         return answer
 
-    async def _preprocessed(self) -> Any:
-        """LMDeploy's request: prompt, tiles and settings. Raises its RequestError."""
+    async def _preprocess(self) -> Any:
+        """Return LMDeploy's PreprocessedRequest: prompt, tiles and settings. Raises its RequestError."""
         from lmdeploy import GenerationConfig
 
         model = self._model
-        wanted = GenerationConfig(**settings(self._request.sampling, model.stop_ids, model.words))
+        fields = generation_config_fields(self._request.sampling, model.stop_ids, model.tokenizer_info)
+        config = GenerationConfig(**fields)
         if self._prepared is None:
-            async with model.preparing:
-                found = await model.engine.preprocess(await self._messages(), self._session, gen_config=wanted)
-            self._room = model.room.settle(self._room, found)
+            async with model.preparation_slots:
+                model.preparing += 1
+                try:
+                    messages = await self._copy_messages()
+                    prompt = await model.engine.preprocess(messages, self._session, gen_config=config)
+                finally:
+                    model.preparing -= 1
+            self._tile_bytes = model.tile_budget.settle(self._tile_bytes, prompt)
         else:
-            found = await model.engine.preprocess(self._ready(self._prepared), self._session, gen_config=wanted)
-        self._input_tokens += found.input_token_len
-        left = model.engine.session_len - found.input_token_len
-        found.gen_config.max_new_tokens = min(found.gen_config.max_new_tokens, left)
-        return found
+            inputs = self._precomputed(self._prepared)
+            prompt = await model.engine.preprocess(inputs, self._session, gen_config=config)
+        self._input_tokens += prompt.input_token_len
+        available = model.engine.session_len - prompt.input_token_len
+        prompt.gen_config.max_new_tokens = min(prompt.gen_config.max_new_tokens, available)
+        return prompt
 
-    def _ready(self, prepared: dict[str, Any]) -> CompleteInputs | ImagesOnly:
-        """What image workers have prepared of this turn."""
-        if PICTURES not in prepared:
+    def _precomputed(self, prepared: dict[str, Any]) -> CompleteInputs | ImagesOnly:
+        """Return what image workers have prepared of this turn."""
+        if IMAGES not in prepared:
             return CompleteInputs(prepared)
-        return ImagesOnly(self._model.chat.messages(self._asked), prepared[PICTURES][: self._pictures()])
+        return ImagesOnly(self._model.chat.messages(self._messages), prepared[IMAGES][: self._image_count()])
 
-    def _pictures(self) -> int:
-        """How many have been shown up to this turn."""
-        return sum(part.image is not None for message in self._asked for part in message.parts)
+    def _image_count(self) -> int:
+        """Return the number of images up to this turn."""
+        return sum(part.image is not None for message in self._messages for part in message.parts)
 
-    async def _messages(self) -> list[dict[str, Any]]:
-        """LMDeploy's messages. Copying a large picture takes long enough to be no work for the loop."""
-        copying = asyncio.ensure_future(asyncio.to_thread(self._model.chat.messages, self._asked, self._picture))
+    async def _copy_messages(self) -> list[dict[str, Any]]:
+        """Return LMDeploy's messages with the images copied out of the arena, in a thread: large ones take long."""
+        copying = asyncio.ensure_future(asyncio.to_thread(self._model.chat.messages, self._messages, self._read_image))
         cancelled = False
-        while not copying.done():  # an aborted row's pictures are not read once its end is told
+        while not copying.done():  # the row may not end, even if it is aborted, while its images are read
             try:
                 await asyncio.wait([copying])
             except asyncio.CancelledError:
@@ -167,64 +181,106 @@ class ConversationTask:
             raise asyncio.CancelledError
         return copying.result()
 
-    def _picture(self, number: int) -> Any:
-        return pictures.read(self._request, number, self._arena)
+    def _read_image(self, number: int) -> Any:
+        return read_image(self._request, number, self._arena)
 
     def _response(self, error: RowError | None = None) -> Response:
         return Response(
             self._request.row,
             tuple(self._texts),
-            None if error else "length" if self._cut else "stop",
+            None if error else "length" if self._truncated else "stop",
             self._input_tokens,
             self._output_tokens,
             Failure.of(error) if error else None,
         )
 
 
-_CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-
-
 class Answer:
-    """What LMDeploy has said so far. `stops` end it; `tokenizer` is LMDeploy's."""
+    """The answer of one turn as it grows.
 
-    def __init__(self, stops: Stops, tokenizer: Any) -> None:
+    Args:
+        stops: Texts that end it.
+        tokenizer: LMDeploy's tokenizer.
+    """
+
+    def __init__(self, stops: StopTexts, tokenizer: Any) -> None:
         self._stops, self._tokenizer = stops, tokenizer
         self._text = ""
         self._ids: list[int] = []
-        self._reason: str | None = None
-        self._withheld = self._stopped = False
+        self._finish_reason: str | None = None
+        self._text_withheld = self._stopped = False
         self.tokens = 0
-        """Of the answer, without the one that ends it."""
+        """Tokens so far, without the one that ends the answer."""
 
-    def add(self, out: Any) -> bool:
-        """The next output, a GenOut; True at the one in which a stop text ends the answer, after which none counts."""
+    def add(self, output: Any) -> bool:
+        """Add LMDeploy's next output, a GenOut. Returns True once a stop text ends the answer; later outputs are
+        ignored.
+        """
         if self._stopped:
             return False
-        self.tokens, self._reason = out.generate_token_len, out.finish_reason or self._reason
-        self._text += out.response
-        if out.token_ids:
-            self._ids += out.token_ids
-            self._withheld = not out.response
-        return self._stop()
+        self.tokens, self._finish_reason = output.generate_token_len, output.finish_reason or self._finish_reason
+        self._text += output.response
+        if output.token_ids:
+            self._ids += output.token_ids
+            self._text_withheld = not output.response
+        return self._cut()
 
-    def end(self) -> str:
-        """The whole text. Raises EngineFailed where it was not given in full."""
-        if self._withheld and not self._stopped:
-            # LMDeploy gives no text of an output whose last character is cut in two, and all of TurboMind's answer is
-            # one output.
-            whole = self._tokenizer.decode(self._ids, skip_special_tokens=True).rstrip(_CUT_CHARACTER)
-            self._text = max(self._text, whole, key=len)
-            self._stop()
-        if not self._stopped and self._reason not in ("stop", "length"):
-            raise ended(self._reason)
+    def finish(self) -> str:
+        """Return the whole text. Raises EngineError if LMDeploy ended the answer early."""
+        if self._text_withheld and not self._stopped:
+            # LMDeploy gives no text for an output that ends within a character, and TurboMind's answer is one output.
+            text = self._tokenizer.decode(self._ids, skip_special_tokens=True).rstrip(_REPLACEMENT_CHARACTER)
+            self._text = max(self._text, text, key=len)
+            self._cut()
+        if not self._stopped and self._finish_reason not in ("stop", "length"):
+            raise ended_early(self._finish_reason)
         return self._text
 
     @property
-    def cut(self) -> bool:
-        """Whether it ended because it may not be longer."""
-        return not self._stopped and self._reason == "length"
+    def truncated(self) -> bool:
+        """Whether the answer reached its maximum length."""
+        return not self._stopped and self._finish_reason == "length"
 
-    def _stop(self) -> bool:
+    def _cut(self) -> bool:
         if self._stops and (text := self._stops.cut(self._text)) is not None:
             self._text, self._stopped = text, True
         return self._stopped
+
+
+ROW_ERRORS: dict[str, type[RowError]] = {
+    "invalid_request": RequestRefused,
+    "context_length_exceeded": ContextLengthExceeded,
+    "unsupported_feature": Unsupported,
+    "preprocess_failed": PrepareFailed,
+    "request_conflict": EngineError,
+    "request_cancelled": EngineError,
+    "internal_error": EngineError,
+    "unauthorized": EngineError,  # only LMDeploy's server uses this code and the next
+    "model_not_found": EngineError,
+}
+"""The row's error for each `ErrorCode` of lmdeploy.serve.core, except `engine_unavailable`, which is not a row's."""
+
+
+def row_error(code: str, message: str, cause: BaseException | None) -> RowError:
+    """Return the row's error that stands for an error of LMDeploy.
+
+    Args:
+        code: Value of its `ErrorCode`.
+        message: Its message.
+        cause: The exception behind it, which LMDeploy writes only to its log.
+
+    Raises:
+        EngineLost: LMDeploy's engine is gone.
+    """
+    reason = message if cause is None else f"{message} ({type(cause).__name__}: {first_line(cause)})"
+    if code == "engine_unavailable":
+        raise EngineLost(f"LMDeploy's engine is gone: {reason}")
+    kind = ROW_ERRORS.get(code, EngineError)
+    if kind is ContextLengthExceeded:
+        reason += " --session-len raises the limit, as far as the model and the GPU's memory allow"
+    return kind(f"LMDeploy, {code}: {reason}")
+
+
+def ended_early(reason: str | None) -> InferError:
+    """Return the error of an incomplete answer. `reason` is "abort", "error" or None."""
+    return EngineError(f"LMDeploy ended the answer early ({reason or 'without a reason'})")

@@ -1,4 +1,4 @@
-"""The lmdeploy engine: its side of the contract. Imports torch and LMDeploy only once it is started."""
+"""The lmdeploy engine. torch and LMDeploy are imported only once it resolves its model."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from ...images.preparation import PreparationSpec
 from ...ipc.arena import ArenaView
 from ...types import Request, Response
 from ..base import EngineInfo, EngineSpec
-from .idle import IdleMeter
 from .sampling import MAX_TEMPERATURE
 
 if TYPE_CHECKING:
     from .conversation import ConversationTask
+    from .handles import IdleMeter
     from .model import LoadedModel, ResolvedModel
 
 PROBE_SECONDS = 1.0
+"""How often the health of LMDeploy's engine is checked."""
 
 
 class LmdeployEngine:
-    """Hands rows to LMDeploy's pipeline, on the pipeline's own event loop; this process's other loop only talks.
+    """Runs rows on the event loop of LMDeploy's pipeline, while this process's own loop only communicates.
 
-    So a loop of LMDeploy's that stands still does not keep this one from hearing, and the runner sees that `steps`
-    stand still. Counts of tokens are of prompt and pictures, summed over the turns, and of the answers.
+    So the runner can still be heard if LMDeploy's loop stops, and sees that `steps` no longer grow. Input tokens are
+    those of prompt and images, summed over the turns; output tokens are those of the answers.
     """
 
     def __init__(self, spec: EngineSpec, arena: ArenaView) -> None:
@@ -41,115 +42,129 @@ class LmdeployEngine:
             raise OptionError(
                 f"--temperature {spec.sampling.temperature:g}: LMDeploy takes {MAX_TEMPERATURE:g} at most"
             )
-        _narrow(spec.device, spec.flags["tp"])
+        restrict_to_device(spec.device, spec.flags["tp"])
         self._resolved: ResolvedModel | None = None
-        self._model: LoadedModel | None = None
+        self.model: LoadedModel | None = None
         self._thread = ThreadPoolExecutor(1, "lmdeploy")
-        self._rows: dict[int, ConversationTask] = {}  # for the pipeline's loop
-        self._tasks: set[asyncio.Task[None]] = set()  # likewise
-        self._open: set[asyncio.Queue[Response | BaseException]] = set()
-        self._watching: asyncio.Task[None] | None = None
-        self._waits: IdleMeter | None = None
-        self._looking: Future[None] | None = None
+        self._rows: dict[int, ConversationTask] = {}  # used on the pipeline's loop only, as is the next
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open_batches: set[asyncio.Queue[Response | BaseException]] = set()
+        self._health_task: asyncio.Task[None] | None = None
+        self._idle_meter: IdleMeter | None = None
+        self._idle_future: Future[None] | None = None
         self._ticks = 0
 
     @property
     def steps(self) -> int:
-        """Grows with every output of LMDeploy and every round of its scheduler."""
-        return self._ticks + (self._model.steps if self._model else 0)
+        """Counter of LMDeploy's outputs and of the rounds of its scheduler."""
+        return self._ticks + (self.model.steps if self.model else 0)
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds in which LMDeploy had half of its handles free, and no row waited for memory."""
-        return self._waits.seconds if self._waits else 0.0
+        """Seconds in which half of LMDeploy's handles were free and no row waited for memory."""
+        return self._idle_meter.seconds if self._idle_meter else 0.0
+
+    @property
+    def rows_in_flight(self) -> int:
+        """Rows that have been handed in and have not ended."""
+        return len(self._rows)
 
     async def resolve(self) -> PreparationSpec:
-        """Finds or downloads the model and reads its configuration, template and tokenizer.
+        """Find or download the model and read its configuration, template and tokenizer.
 
-        Raises EngineUnavailable where a library or the GPU is missing, OptionError for settings that cannot be,
-        ModelError for a model that is not found or not served.
+        Raises:
+            EngineUnavailable: A library or the GPU is missing.
+            OptionError: The settings are invalid.
+            ModelError: The model was not found or is not supported.
         """
         self._resolved = await asyncio.get_running_loop().run_in_executor(self._thread, self._resolve)
         return self._resolved.preparation_spec
 
     async def start(self) -> EngineInfo:
-        """Loads the weights and asks a first question."""
+        """Load the weights and generate a first token."""
         loop = asyncio.get_running_loop()
         if self._resolved is None:
             await self.resolve()
         assert self._resolved is not None
-        await loop.run_in_executor(self._thread, self._resolved.wait)
+        await loop.run_in_executor(self._thread, self._resolved.wait_for_memory)
         if self._resolved.wants_main_thread:
-            self._model = self._resolved.load()
+            self.model = self._resolved.load()
         else:
-            self._model = await loop.run_in_executor(self._thread, self._resolved.load)
-        self._watching = loop.create_task(self._watch(self._model))
-        self._waits = IdleMeter(self._model)
-        self._looking = asyncio.run_coroutine_threadsafe(self._waits.look(), self._model.loop)
-        return self._model.info
+            self.model = await loop.run_in_executor(self._thread, self._resolved.load)
+        from .handles import IdleMeter
+
+        self._health_task = loop.create_task(self._watch_health(self.model))
+        self._idle_meter = IdleMeter(self.model.engine, self.model.sessions)
+        self._idle_future = asyncio.run_coroutine_threadsafe(self._idle_meter.run(), self.model.loop)
+        return self.model.info
 
     async def infer(self, requests: list[Request]) -> AsyncIterator[Response]:
-        assert self._model is not None, "infer before start"
+        """Yield each row's response in order of completion. Raises EngineLost if LMDeploy's engine is gone."""
+        if self.model is None:
+            raise RuntimeError("infer was called before start")
         loop = asyncio.get_running_loop()
-        answers: asyncio.Queue[Response | BaseException] = asyncio.Queue()
+        responses: asyncio.Queue[Response | BaseException] = asyncio.Queue()
 
-        def emit(answer: Response | BaseException) -> None:
-            loop.call_soon_threadsafe(answers.put_nowait, answer)
+        def emit(response: Response | BaseException) -> None:
+            loop.call_soon_threadsafe(responses.put_nowait, response)
 
-        self._open.add(answers)
-        left = {request.row for request in requests}
-        self._model.loop.call_soon_threadsafe(self._begin, requests, emit)
+        self._open_batches.add(responses)
+        pending = {request.row for request in requests}
+        self.model.loop.call_soon_threadsafe(self._begin, self.model, requests, emit)
         try:
-            while left:
-                answer = await answers.get()
-                if isinstance(answer, BaseException):
-                    raise answer
-                left.discard(answer.row)
-                yield answer
+            while pending:
+                response = await responses.get()
+                if isinstance(response, BaseException):
+                    raise response
+                pending.discard(response.row)
+                yield response
         finally:
-            self._open.discard(answers)
-            for row in left:  # nobody listens any more
+            self._open_batches.discard(responses)
+            for row in pending:  # the caller has stopped listening
                 await self.abort(row)
 
     async def abort(self, row: int) -> None:
-        if self._model is not None:
-            self._model.loop.call_soon_threadsafe(self._abort, row)
+        """End the row that has this number now."""
+        if self.model is not None:
+            self.model.loop.call_soon_threadsafe(self._abort, row)
 
     async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])  # what it asks is asked on a loop that is about to be closed
-        if self._looking is not None:
-            self._looking.cancel()
-        if self._model is not None:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._model.pipe.close)
+        """Stop LMDeploy's pipeline."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.wait([self._health_task])  # it uses the loop that is about to be closed
+        if self._idle_future is not None:
+            self._idle_future.cancel()
+        if self.model is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.model.pipe.close)
         self._thread.shutdown(wait=False)
-        self._model = self._resolved = None
+        self.model = self._resolved = None
 
     def _resolve(self) -> ResolvedModel:
-        # LMDeploy's check of its surroundings takes a process with torch and GPU memory of its own, and keeps to itself
-        # what it finds; what cannot work fails in loading as well, with a reason.
+        # LMDeploy's check of its environment starts a process that takes torch and GPU memory, and does not report what
+        # it finds. Whatever it would find fails while loading as well, with a reason.
         os.environ.setdefault("LMDEPLOY_ENABLE_CHECK_ENV", "0")
         try:
             from .model import ResolvedModel
         except ImportError as error:
             raise EngineUnavailable(
-                f"the engine lmdeploy needs a library that is missing here ({error}): "
-                "pip install 'batchvl[lmdeploy]', or take another engine with --engine"
+                f"the engine lmdeploy needs a library that is not installed ({error}): "
+                "pip install 'batchvl[lmdeploy]', or choose another engine with --engine"
             ) from error
         return ResolvedModel(self._spec)
 
-    def _begin(self, requests: list[Request], emit: Callable[[Response | BaseException], None]) -> None:
-        """On the pipeline's loop: each row of a list on its way."""
+    def _begin(
+        self, model: LoadedModel, requests: list[Request], emit: Callable[[Response | BaseException], None]
+    ) -> None:
+        """Start the rows of a batch. Called on the pipeline's loop."""
         from .conversation import ConversationTask
-        from .prefix import compute_ahead
+        from .prefix import share_prefixes
 
-        assert self._model is not None
         try:
-            rows = {request.row: ConversationTask(request, self._model, self._arena) for request in requests}
-            if self._model.keeps_prefixes:
-                compute_ahead(rows.values(), self._model)
-        except Exception as error:  # else nobody would ever hear of these rows
+            rows = {request.row: ConversationTask(request, model, self._arena) for request in requests}
+            if model.keeps_prefixes:
+                share_prefixes(rows.values(), model)
+        except Exception as error:  # otherwise these rows would never end
             emit(error)
             return
         self._rows |= rows
@@ -161,13 +176,13 @@ class LmdeployEngine:
     ) -> None:
         try:
             emit(await row.answer())
-        except BaseException as error:  # of the engine, not of the row: that is a response
-            emit(error if isinstance(error, Exception) else EngineLost(f"LMDeploy's loop ended: {error!r}"))
+        except BaseException as error:  # the engine's failure: a row's own failure is a response
+            emit(error if isinstance(error, Exception) else EngineLost(f"LMDeploy's event loop ended: {error!r}"))
         finally:
             del self._rows[number]
 
     def _abort(self, row: int) -> None:
-        """On the pipeline's loop: the row that has this number now, and none that is handed in later."""
+        """Called on the pipeline's loop: look up the row now, since its number may be handed in again later."""
         if (conversation := self._rows.get(row)) is not None:
             self._keep(conversation.abort())
 
@@ -176,45 +191,57 @@ class LmdeployEngine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _watch(self, model: LoadedModel) -> None:
-        """Looks every second whether LMDeploy's engine lives and gets on, and ends all open lists if not."""
-        told = None
+    async def _watch_health(self, model: LoadedModel) -> None:
+        """Check every second whether LMDeploy's engine is alive and makes progress; if not, fail all open batches."""
+        last_tick = None
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             try:
                 async with asyncio.timeout(self._spec.hang_timeout):
-                    tick, health = await self._probe(model)
+                    tick, health = await probe_health(model, self._spec.hang_timeout)
             except TimeoutError:
-                continue  # its loop stands still: then so do the steps, and the runner sees that
+                continue  # LMDeploy's loop hangs: `steps` stop growing, and the runner acts on that
             except Exception:
                 traceback.print_exc()
                 continue
-            self._ticks += tick != told
-            told = tick
+            self._ticks += tick != last_tick
+            last_tick = tick
             if health["status"] == "unhealthy":
                 faulthandler.dump_traceback(all_threads=True)
-                lost = EngineLost(f"LMDeploy's engine is not well: {health['message']}")
-                for answers in self._open:
-                    answers.put_nowait(lost)
-
-    async def _probe(self, model: LoadedModel) -> tuple[int, dict[str, Any]]:
-        async def ask() -> tuple[int, dict[str, Any]]:
-            metrics = await model.engine.get_schedule_metrics()
-            return metrics.scheduler_tick, await model.engine.health_probe(self._spec.hang_timeout)
-
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(ask(), model.loop))
+                lost = EngineLost(f"LMDeploy's engine is unhealthy: {health['message']}")
+                for responses in self._open_batches:
+                    responses.put_nowait(lost)
 
 
-def _narrow(device: str, tp: int) -> None:
-    """Leaves this process the GPU that `--device` names, before CUDA is asked for any. Raises OptionError."""
+async def probe_health(model: LoadedModel, stall_seconds: float) -> tuple[int, dict[str, Any]]:
+    """Return the tick of LMDeploy's scheduler and the result of its health probe.
+
+    Args:
+        model: The running model.
+        stall_seconds: Time without progress after which LMDeploy reports its engine as unhealthy.
+    """
+
+    async def probe() -> tuple[int, dict[str, Any]]:
+        metrics = await model.engine.get_schedule_metrics()
+        return metrics.scheduler_tick, await model.engine.health_probe(stall_seconds)
+
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(probe(), model.loop))
+
+
+def restrict_to_device(device: str, tp: int) -> None:
+    """Leave this process only the GPU that `--device` names. To be called before CUDA is initialized.
+
+    Raises:
+        OptionError: There is no such device, or it contradicts `--tp`.
+    """
     number = re.fullmatch(r"cuda(?::(\d+))?", device)
     if device != "auto" and not number:
-        raise OptionError(f"--device {device}: want auto, cuda or cuda:N for the engine lmdeploy")
+        raise OptionError(f"--device {device}: the engine lmdeploy takes auto, cuda or cuda:N")
     if number is None or number[1] is None:
         return
     if tp > 1:
         raise OptionError(
-            f"--device {device}: names one GPU, and --tp {tp} wants more; CUDA_VISIBLE_DEVICES names several"
+            f"--device {device} names one GPU, but --tp {tp} needs several; choose them with CUDA_VISIBLE_DEVICES"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = None if visible is None else [name for name in visible.split(",") if name.strip()]

@@ -1,38 +1,43 @@
-"""One row to LMDeploy's inputs, in an image worker, by LMDeploy's own code for the model at hand."""
+"""The preparation of rows in image workers, by LMDeploy's own code for the model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy
+import PIL.Image
 import torch
+from lmdeploy.vl.model.internvl import dynamic_preprocess
 
+from ...ipc.arena import ArenaView
 from ...types import ContentPart, Image, Message, Request
-from . import raw_images as plain
-from .chat import Chat, limit_tiles, picture_settings
-from .inputs import PICTURES, pack
-from .precomputed import around
-from .processor import Processor, now
-from .scaling import resized_size
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+from .. import scaling
+from .chat import INTERNVL, QWEN, Chat, image_settings, limit_tiles
+from .inputs import IMAGES, pack
+from .precomputed import combine
+from .processor import Processor, run_now
 
 
-class Preparation:
-    """Runs LMDeploy's preparation up to what its engines are given: tokens, pixels and where they belong.
+class LmdeployPreparation:
+    """Runs LMDeploy's preparation up to what its engines are given: tokens, pixels and their positions.
 
-    A row of one turn is prepared whole. Of one that has several the pictures are, and each turn's prompt is put around
-    them once the answers before it are there; where the model's processor makes both at once, the pictures stay
-    pictures, and LMDeploy prepares the row itself (`pictures.py`).
+    A row of one turn is prepared completely. Of a row with several turns only the images are, and each turn's prompt is
+    combined with them once the answers before it are known. If the model's processor makes both at a time, the images
+    of such a row stay images, and LMDeploy prepares the row itself (`RawImages`).
 
-    model: a checkpoint's folder. dtype: the pixels' type, "bfloat16" or "float16", None as the model's processor makes
-    them. template: the fields of LMDeploy's ChatTemplateConfig, None for the model's own. draft_decode: whether
-    pictures may come smaller than their files. fingerprints: whether each picture gets one, over its encoded bytes and
-    all that changes its pixels; TurboMind else takes one of the pixels.
+    Args:
+        model: Directory of a checkpoint.
+        architecture: The model's.
+        trust_remote_code: Whether the model's own code may run.
+        dtype: The pixels' dtype, "bfloat16" or "float16"; None leaves them as the model's processor returns them.
+        template: Fields of LMDeploy's ChatTemplateConfig; None for the model's own template.
+        max_tiles: Upper limit of tiles per image; None keeps the model's own.
+        draft_decode: Whether images may be smaller than their files.
+        fingerprints: Whether each image gets a fingerprint, of its encoded bytes and everything that changes its
+            pixels; otherwise TurboMind computes one of the pixels.
     """
 
     def __init__(
@@ -46,52 +51,120 @@ class Preparation:
         draft_decode: bool,
         fingerprints: bool,
     ) -> None:
-        kind = getattr(torch, dtype) if dtype is not None else None
-        self._processor = Processor(model, trust_remote_code, kind, template)
+        torch_dtype = getattr(torch, dtype) if dtype is not None else None
+        self._processor = Processor(model, trust_remote_code, torch_dtype, template)
         self._encoder = self._processor.vl_encoder
-        limit_tiles(architecture, self._encoder.model, max_tiles)
-        self._architecture, self._settings = architecture, picture_settings(architecture, max_tiles)
+        self.vision_model: Any = self._encoder.model
+        """LMDeploy's vision model, without weights."""
+        limit_tiles(architecture, self.vision_model, max_tiles)
+        self._architecture, self._settings = architecture, image_settings(architecture, max_tiles)
         self._chat = Chat(architecture, self._settings)
-        self._seen: Sequence[Picture] | None = None
-        self._made: list[dict[str, Any]] = []  # of the pictures that were seen last
+        self._last_images: Sequence[PIL.Image.Image] | None = None
+        self._last_prepared: list[dict[str, Any]] = []
         salt = [model, architecture, dtype, max_tiles, draft_decode]
         self._salt = json.dumps(salt).encode() if fingerprints else None
 
     def prepare(
-        self, request: Request, pictures: Sequence[Picture], images: Sequence[Image] = ()
+        self, request: Request, images: Sequence[PIL.Image.Image], infos: Sequence[Image] = (), /
     ) -> dict[str, numpy.ndarray]:
-        """The arrays of `inputs.pack`, of LMDeploy's inputs; or those of `Pictures`."""
-        asked = [*request.messages, *request.followups]
-        order = [part.image for message in asked for part in message.parts if part.image is not None]
-        if self._encoder.makes_pictures_alone:
-            if pictures is not self._seen:
-                self._seen, self._made = pictures, self._make(pictures, images)
-            found = [self._made[number] for number in order]
+        """Return LMDeploy's inputs as the arrays of `inputs.pack`, or the arrays of `RawImages`."""
+        conversation = [*request.messages, *request.followups]
+        order = [part.image for message in conversation for part in message.parts if part.image is not None]
+        if self._encoder.separates_images:
+            if images is not self._last_images:
+                self._last_images, self._last_prepared = images, self._prepare_images(images, infos)
+            prepared = [self._last_prepared[number] for number in order]
             if request.followups:
-                return pack({PICTURES: found})
-            return pack(now(around(self._processor, self._chat.messages(asked), found)))
+                return pack({IMAGES: prepared})
+            return pack(run_now(combine(self._processor, self._chat.messages(conversation), prepared)))
         if request.followups:
-            return plain.Pictures().prepare(request, pictures)
-        messages = self._chat.messages(asked, pictures.__getitem__)
-        inputs = now(self._processor.get_prompt_input(messages, do_preprocess=True))
-        self._mark(inputs["multimodal"], [images[number] for number in order] if images else [])
+            return RawImages().prepare(request, images)
+        messages = self._chat.messages(conversation, images.__getitem__)
+        inputs = run_now(self._processor.get_prompt_input(messages, do_preprocess=True))
+        self._add_fingerprints(inputs["multimodal"], [infos[number] for number in order] if infos else [])
         return pack(inputs)
 
     def resized_size(self, width: int, height: int) -> tuple[int, int] | None:
-        """See `Scaling`. None for a model of neither InternVL's nor Qwen2-VL's kind."""
-        return resized_size(self._architecture, self._encoder.model, self._settings, width, height)
+        """Return the size that an image is resized to before it is cut into tiles (see `images.preparation.Scaling`).
 
-    def _make(self, pictures: Sequence[Picture], images: Sequence[Image]) -> list[dict[str, Any]]:
-        """What LMDeploy makes of each picture."""
-        shown = Message("user", tuple(ContentPart(image=number) for number in range(len(pictures))))
-        messages = self._chat.messages([shown], pictures.__getitem__)
-        parsed = now(self._processor.async_parse_multimodal_item(messages))
-        made: list[dict[str, Any]] = now(self._encoder.preprocess(parsed))[-1]["content"]
-        self._mark(made, images)
-        return made
+        Known for InternVL's and Qwen2-VL's architectures, else None.
+        """
+        if self._architecture == "InternVLChatModel":
+            return _internvl_chat_size(self.vision_model, self._settings, width, height)
+        if self._architecture in INTERNVL | QWEN:
+            return scaling.resized_size(self.vision_model.processor.image_processor, {}, width, height)
+        return None
 
-    def _mark(self, made: list[dict[str, Any]], images: Sequence[Image]) -> None:
-        """Gives each picture its fingerprint."""
+    def _prepare_images(self, images: Sequence[PIL.Image.Image], infos: Sequence[Image]) -> list[dict[str, Any]]:
+        """Return what LMDeploy makes of each image."""
+        message = Message("user", tuple(ContentPart(image=number) for number in range(len(images))))
+        messages = self._chat.messages([message], images.__getitem__)
+        parsed = run_now(self._processor.async_parse_multimodal_item(messages))
+        prepared: list[dict[str, Any]] = run_now(self._encoder.preprocess(parsed))[-1]["content"]
+        self._add_fingerprints(prepared, infos)
+        return prepared
+
+    def _add_fingerprints(self, prepared: list[dict[str, Any]], infos: Sequence[Image]) -> None:
         if self._salt is not None:
-            for picture, image in zip(made, images, strict=True):
-                picture["fingerprint"] = hashlib.sha256(self._salt + str(image.sha256).encode()).digest()
+            for image, info in zip(prepared, infos, strict=True):
+                image["fingerprint"] = hashlib.sha256(self._salt + str(info.sha256).encode()).digest()
+
+
+class RawImages:
+    """The preparation for models whose images LMDeploy prepares itself: decoded pixels, unchanged."""
+
+    def prepare(
+        self, request: Request, images: Sequence[PIL.Image.Image], infos: Sequence[Image] = (), /
+    ) -> dict[str, numpy.ndarray]:
+        """Return each image as a uint8 array of shape (height, width, 3)."""
+        return {f"image{number}": numpy.asarray(image) for number, image in enumerate(images)}
+
+
+def read_image(request: Request, number: int, arena: ArenaView) -> PIL.Image.Image:
+    """Return a copy of an image that `RawImages` has put into the arena.
+
+    Args:
+        request: The row's request.
+        number: The image's position in the row, from 0.
+        arena: The arena.
+
+    Raises:
+        ValueError: The request has no extent.
+    """
+    if request.extent is None:
+        raise ValueError(f"row {request.row} has images but no extent in the arena")
+    tensor = request.tensors[number]
+    height, width, channels = tensor.shape
+    data = arena.at(request.extent)[tensor.offset : tensor.offset + height * width * channels]
+    return PIL.Image.frombytes("RGB", (width, height), data)
+
+
+def _internvl_chat_size(
+    vision_model: Any, settings: Mapping[str, int], width: int, height: int
+) -> tuple[int, int] | None:
+    """Return the size of the grid of tiles of InternVL-Chat-V1-5 and later; None for V1-1 and V1-2, which crop."""
+    if vision_model.processor != vision_model._preprocess_v1_5:
+        return None
+    recorder, config = _ResizeRecorder(width, height), vision_model.config
+    dynamic_preprocess(
+        recorder,
+        min_num=config.min_dynamic_patch,
+        max_num=settings.get("max_dynamic_patch", config.max_dynamic_patch),
+        image_size=vision_model.vision_config.image_size,
+        use_thumbnail=config.use_thumbnail,
+    )
+    return recorder.largest
+
+
+class _ResizeRecorder:
+    """Stands for an image of which only the size matters, and records the largest size that it is resized to."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.size, self.largest = (width, height), (0, 0)
+
+    def resize(self, size: tuple[int, int]) -> _ResizeRecorder:
+        self.largest = (max(self.largest[0], size[0]), max(self.largest[1], size[1]))
+        return self
+
+    def crop(self, box: tuple[int, int, int, int]) -> _ResizeRecorder:
+        return self

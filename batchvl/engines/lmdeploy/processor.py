@@ -1,4 +1,4 @@
-"""LMDeploy's own preparation of a row, run by whoever calls it instead of by its threads and its event loop."""
+"""LMDeploy's own preparation of a row, run by the caller instead of by LMDeploy's threads and event loop."""
 
 from __future__ import annotations
 
@@ -14,35 +14,43 @@ from lmdeploy.vl.model.builder import load_vl_model
 
 
 class Encoder(ImageEncoder):  # type: ignore[misc]  # LMDeploy has no types
-    """LMDeploy's ImageEncoder, of a model of whose weights none are loaded.
+    """LMDeploy's ImageEncoder for a model without its weights.
 
-    dtype: of the pixels; None leaves them as the model's processor makes them.
+    Args:
+        path: The model's directory.
+        trust_remote_code: Whether the model's own code may run.
+        dtype: The pixels' dtype; None leaves them as the model's processor returns them.
     """
 
     def __init__(self, path: str, trust_remote_code: bool, dtype: torch.dtype | None) -> None:
-        # With TurboMind LMDeploy prepares the pictures of models that it lets this be made for just as with PyTorch.
+        # The models that can be prepared outside are prepared for TurboMind in the same way as for PyTorch.
         self.model = load_vl_model(path, "pytorch", trust_remote_code=trust_remote_code)
         self.mm_feature_dtype = dtype
         self.model.set_mm_feature_dtype(dtype)
         self._uses_new_preprocess = self._is_new_preprocess_api(self.model)
 
     @property
-    def makes_pictures_alone(self) -> bool:
-        """Whether a picture's pixels are made apart from the prompt's text, and go with other turns as well."""
+    def separates_images(self) -> bool:
+        """Whether an image's pixels are made independently of the prompt, and can be used with other turns as well."""
         return not self._uses_new_preprocess
 
     async def preprocess(
         self, messages: list[dict[str, Any]], input_prompt: Any = None, mm_processor_kwargs: Any = None
     ) -> Any:
+        """Prepare a message's images in the calling thread."""
         if self._uses_new_preprocess:
             return self.model.preprocess(messages, input_prompt, mm_processor_kwargs)
         return self.model.preprocess(messages)
 
 
 class Processor(MultimodalProcessor):  # type: ignore[misc]
-    """LMDeploy's MultimodalProcessor, in which nothing waits: `now` runs its coroutines.
+    """LMDeploy's MultimodalProcessor without anything that waits, so that `run_now` can run its coroutines.
 
-    template: the fields of a ChatTemplateConfig, None for the model's own.
+    Args:
+        path: The model's directory.
+        trust_remote_code: Whether the model's own code may run.
+        dtype: The pixels' dtype; None leaves them as the model's processor returns them.
+        template: Fields of a ChatTemplateConfig; None for the model's own template.
     """
 
     vl_encoder: Encoder
@@ -60,17 +68,22 @@ class Processor(MultimodalProcessor):  # type: ignore[misc]
 
     @staticmethod
     async def async_parse_multimodal_item(messages: list[dict[str, Any]], *_: Any, **__: Any) -> list[dict[str, Any]]:
+        """Parse messages in the calling thread."""
         parsed: list[dict[str, Any]] = [{}] * len(messages)
         for number in range(len(messages)):
             MultimodalProcessor._parse_multimodal_item(number, messages, parsed, {})
         return parsed
 
 
-def now(work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that never waits. Raises what it raises."""
+def run_now(work: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of a coroutine that never waits.
+
+    Raises:
+        RuntimeError: It waits. What it raises itself is raised as well.
+    """
     try:
         work.send(None)
     except StopIteration as done:
         return done.value
     work.close()
-    raise RuntimeError("LMDeploy's preparation waits for something")
+    raise RuntimeError("LMDeploy's preparation waits for something, which it does not do in the supported version")

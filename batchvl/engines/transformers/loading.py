@@ -18,7 +18,7 @@ from ...errors import EngineUnavailable, ModelError
 from ...images.preparation import PreparationSpec
 from ...types import ContentPart, Message, Request, Sampling
 from ..base import EngineInfo, EngineSpec
-from ..checkpoint import Checkpoint, find, first_line
+from ..checkpoint import Checkpoint, find_checkpoint, first_line
 from ..cuda import wait_for_memory
 from .conversation import Conversation, TokenDecoder
 from .device import DTYPES, choose_device, choose_dtype, default_threads, device_name
@@ -52,7 +52,7 @@ class ResolvedModel:
         self._spec = spec
         self._device = choose_device(spec.device)
         self._dtype = choose_dtype(spec.dtype, self._device)
-        self._checkpoint = find(spec.model, spec.revision, spec.trust_remote_code)
+        self._checkpoint = find_checkpoint(spec.model, spec.revision, spec.trust_remote_code)
         self._config = load_config(self._checkpoint, spec.model, spec.trust_remote_code)
         options: dict[str, Any] = {
             "model": self._checkpoint.path,
