@@ -39,8 +39,8 @@ sys.path.insert(0, str(ROOT))
 
 from batchvl.demo import PICTURES, SIZES  # noqa: E402
 from batchvl.hardware.limits import cpus  # noqa: E402
-from batchvl.prompts.template import IMAGE_TOKEN  # noqa: E402
-from batchvl.results.shard import ShardFolder  # noqa: E402
+from batchvl.prompts.tokens import IMAGE_TOKEN  # noqa: E402
+from batchvl.results.location import open_output  # noqa: E402
 from batchvl.runner.summary import Summary  # noqa: E402
 from batchvl.shapes.scenes import KINDS, Scene, ask_about, ask_about_pair, draw_scene, make_scene  # noqa: E402
 from benchmarks.answers import Check, Owners, Row, check, swaps_seen  # noqa: E402
@@ -153,7 +153,7 @@ def rows_done(output: Path) -> int:
     """How many rows are on disk, while the run is at work."""
     if not output.is_dir():
         return 0
-    return sum(len(shard.recover().tally().rows()) for shard in ShardFolder.all(output))
+    return sum(len(shard.recover().outcomes().rows()) for shard in open_output(output).shards())
 
 
 def engine_process(runner: int) -> int | None:

@@ -1,4 +1,4 @@
-"""What processes use while they are measured: CPU and memory of their trees, and the GPUs as nvidia-smi tells."""
+"""Resource usage of process trees (CPU and memory) and of GPUs (as nvidia-smi reports it) while they are measured."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from types import TracebackType
 import psutil
 
 SECONDS = 0.5
+"""Sampling interval."""
 MEMORY_SECONDS = 2.0
-"""Between looks at memory, which cost more: the kernel goes through all of a process's pages."""
+"""Sampling interval of memory, which is more expensive: the kernel walks all pages of a process."""
 
 
 @dataclass(frozen=True)
-class Use:
-    """Of a span of time. None where nvidia-smi said nothing, or the span was too short to look."""
+class Usage:
+    """Resource usage in a span of time. None if nvidia-smi reported nothing or the span has too few samples."""
 
     cores: float | None
-    """CPU seconds a second, of all processes of the trees."""
+    """CPU seconds per second, of all processes of the trees."""
     host_bytes: int | None
-    """Most that the trees had at once; pages that several processes share are counted once."""
+    """Peak memory of the trees; pages shared by several processes count once."""
     gpu_busy: float | None
-    """Mean of utilization.gpu, 0 to 1: the share of time in which the GPU computed anything. Mean of the GPUs."""
+    """Mean of utilization.gpu over time and GPUs, 0 to 1: the share of time in which a kernel was running."""
     gpu_bytes: int | None
-    """Most that was taken of any one GPU, by whomever."""
+    """Peak memory in use on any one GPU, by whichever process."""
 
 
 class Meter:
-    """Looks from its start to its end, as a context, at the trees below the processes `roots`.
+    """Samples resource usage in threads while its context is open. Times are those of time.monotonic().
 
-    gpus: what nvidia-smi calls those to look at: numbers or UUIDs. Times are those of time.monotonic().
+    Args:
+        roots: Processes whose trees are measured.
+        gpus: Numbers or UUIDs of the GPUs to measure, as nvidia-smi names them.
     """
 
     def __init__(self, roots: Sequence[int], gpus: Sequence[str]) -> None:
@@ -44,7 +47,8 @@ class Meter:
         self._busy: list[tuple[float, float]] = []
         self._gpu: list[tuple[float, int]] = []
         self._end = threading.Event()
-        self._threads = [threading.Thread(target=look, daemon=True) for look in (self._look, self._look_at_gpus)]
+        samplers = (self._sample_processes, self._sample_gpus)
+        self._threads = [threading.Thread(target=sampler, daemon=True) for sampler in samplers]
 
     def __enter__(self) -> Meter:
         for thread in self._threads:
@@ -58,17 +62,17 @@ class Meter:
         for thread in self._threads:
             thread.join()
 
-    def use(self, begin: float, end: float) -> Use:
-        """What was used between two moments."""
+    def usage(self, begin: float, end: float) -> Usage:
+        """Return the usage between two points in time."""
         cpu = [(at, seconds) for at, seconds in self._cpu if begin <= at <= end]
         cores = (cpu[-1][1] - cpu[0][1]) / (cpu[-1][0] - cpu[0][0]) if len(cpu) > 1 else None
         busy = [share for at, share in self._busy if begin <= at <= end]
-        host = [taken for at, taken in self._host if begin <= at <= end]
-        gpu = [taken for at, taken in self._gpu if begin <= at <= end]
-        return Use(cores, max(host, default=None), fmean(busy) if busy else None, max(gpu, default=None))
+        host = [size for at, size in self._host if begin <= at <= end]
+        gpu = [size for at, size in self._gpu if begin <= at <= end]
+        return Usage(cores, max(host, default=None), fmean(busy) if busy else None, max(gpu, default=None))
 
-    def _look(self) -> None:
-        known: dict[int, float] = {}
+    def _sample_processes(self) -> None:
+        cpu_seconds: dict[int, float] = {}  # keeps the last value of processes that have ended
         next_memory = 0.0
         while not self._end.wait(SECONDS):
             processes = tree(self._roots)
@@ -76,41 +80,41 @@ class Meter:
                 try:
                     times = process.cpu_times()
                 except psutil.Error:
-                    continue  # it has just ended, and what it had used last time counts
-                known[process.pid] = times.user + times.system
-            self._cpu.append((time.monotonic(), sum(known.values())))
+                    continue
+                cpu_seconds[process.pid] = times.user + times.system
+            self._cpu.append((time.monotonic(), sum(cpu_seconds.values())))
             if time.monotonic() >= next_memory:
                 self._host.append((time.monotonic(), sum(map(memory, processes))))
                 next_memory = time.monotonic() + MEMORY_SECONDS
 
-    def _look_at_gpus(self) -> None:
+    def _sample_gpus(self) -> None:
         command = ["nvidia-smi", "-i", ",".join(self._gpus), "--query-gpu=utilization.gpu,memory.used"]
         while not self._end.wait(SECONDS):
             try:
-                said = subprocess.run([*command, "--format=csv,noheader,nounits"], capture_output=True, text=True)
-                lines = [line.split(",") for line in said.stdout.splitlines()]
-                busy, taken = [float(line[0]) / 100 for line in lines], [int(line[1]) * 2**20 for line in lines]
-            except (OSError, ValueError, IndexError):  # not there, or "[N/A]"
+                output = subprocess.run([*command, "--format=csv,noheader,nounits"], capture_output=True, text=True)
+                lines = [line.split(",") for line in output.stdout.splitlines()]
+                busy, used = [float(line[0]) / 100 for line in lines], [int(line[1]) * 2**20 for line in lines]
+            except (OSError, ValueError, IndexError):  # no nvidia-smi, or "[N/A]"
                 continue
             if lines:
                 self._busy.append((time.monotonic(), fmean(busy)))
-                self._gpu.append((time.monotonic(), max(taken)))
+                self._gpu.append((time.monotonic(), max(used)))
 
 
 def tree(roots: Sequence[int]) -> list[psutil.Process]:
-    """The processes, those that they have started, and so on."""
-    found = []
+    """Return the processes and all their descendants."""
+    processes = []
     for root in roots:
         try:
             process = psutil.Process(root)
-            found += [process, *process.children(recursive=True)]
+            processes += [process, *process.children(recursive=True)]
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes of a process: of pages that it shares with others its part. All of them where the kernel does not tell."""
+    """Return the bytes of a process, with its share of shared pages; the resident size where the kernel has no PSS."""
     try:
         return int(process.memory_full_info().pss)
     except (psutil.Error, OSError, AttributeError):

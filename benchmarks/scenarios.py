@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures: models, pictures and how many rows."""
+"""The scenarios of benchmarks/gpu.py: models, images and numbers of rows."""
 
 from __future__ import annotations
 
@@ -11,77 +11,77 @@ QUESTIONS = (
     "what is in the foreground?",
     "what is in the background?",
     "which colours stand out most?",
-    "where may this have been taken?",
+    "where might this have been taken?",
     "which time of the day is it?",
     "is there any text? what does it say?",
-    "how many people are to be seen?",
+    "how many people are there?",
     "what is unusual about this image?",
     "write a caption for this image.",
 )
-SHORTEST, LENGTHS = 16, 113
-
+MIN_TOKENS, LENGTHS = 16, 113
+"""Answers have MIN_TOKENS tokens or up to LENGTHS - 1 more."""
 
 Options = Sequence[tuple[str, str]]
-"""Of `batchvl run`, by their flat names; those that take several values stand several times."""
+"""Options of `batchvl run` by their flat names; an option with several values is repeated."""
 
 
 class Row(NamedTuple):
-    """A question about a picture. `tokens`: of its answer, neither more nor fewer."""
+    """A question about an image. Its answer has exactly `tokens` tokens."""
 
-    picture: int
+    image: int
     question: int
     tokens: int
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One line of the table. Rows are a GPU's; they are meant to keep an H200 at work for 40 to 60 s."""
+    """One line of the table. Numbers of rows are per GPU and keep an H200 busy for 40 to 60 s."""
 
     name: str
     size: str
-    """Of the model: see benchmarks/internvl.py."""
-    picture: tuple[int, int]
+    """Size of the model: see benchmarks/internvl.py."""
+    image_size: tuple[int, int]
     """Width and height."""
     max_tiles: int
     rows: int
     loop_rows: int
-    """For `pipe(list)`, which is slower by far."""
+    """Rows for the loop over `pipe(batch)`, which is far slower."""
     questions: int = 1
-    """About each picture, one after another."""
+    """Consecutive rows about the same image."""
     fp8: bool = False
-    """Whether the model's language half has its matrices in 8 bits."""
+    """Whether the matrices of the model's language half have 8 bits."""
     gpus: int | None = None
-    """What --gpus is told; None tells it nothing, which is one GPU."""
+    """Value of --gpus; None omits the option, which means one GPU."""
     options: Options = ()
-    """For all that is measured."""
+    """Options of `batchvl run`, for all systems."""
 
     @property
     def gpu_count(self) -> int:
         return self.gpus or 1
 
     @property
-    def different(self) -> bool:
-        """Whether pictures must differ in their pixels too: what is remembered of one must be of use for no other."""
+    def distinct_pixels(self) -> bool:
+        """Whether images must differ in their pixels as well, so that nothing cached for one serves another."""
         return self.questions > 1
 
     def make_rows(self, count: int) -> list[Row]:
-        """Rows in the manifest's order. Answers have 16 to 128 tokens, 72 on average, and neighbours differ."""
-        lengths = (SHORTEST + number * 61 % LENGTHS for number in range(count))  # each length once in LENGTHS rows
+        """Return rows in the manifest's order. Answers have 16 to 128 tokens, 72 on average; neighbours differ."""
+        lengths = (MIN_TOKENS + number * 61 % LENGTHS for number in range(count))  # each length once in LENGTHS rows
         return [Row(*divmod(number, self.questions), tokens) for number, tokens in enumerate(lengths)]
 
     def __str__(self) -> str:
         tiles = "1 tile" if self.max_tiles == 1 else f"{self.max_tiles + 1} tiles"
-        parts = [self.size.upper() + " FP8" * self.fp8, "{}x{}".format(*self.picture), tiles]
-        parts += [f"{self.questions} questions a picture"] * (self.questions > 1)
-        parts += map(shown, self.options)
+        parts = [self.size.upper() + " FP8" * self.fp8, "{}x{}".format(*self.image_size), tiles]
+        parts += [f"{self.questions} questions per image"] * (self.questions > 1)
+        parts += map(format_option, self.options)
         parts += [f"{self.gpus} GPU{'s' * (self.gpus > 1)}"] if self.gpus else []
         return ", ".join(parts)
 
 
-def shown(option: tuple[str, str]) -> str:
-    """An option for people.
+def format_option(option: tuple[str, str]) -> str:
+    """Return an option in human-readable form.
 
-    >>> shown(("engine_option", "enable_prefix_caching=false")), shown(("image_workers", "4"))
+    >>> format_option(("engine_option", "enable_prefix_caching=false")), format_option(("image_workers", "4"))
     ('enable_prefix_caching=false', 'image_workers=4')
     """
     name, value = option
@@ -105,7 +105,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
     "fp8": [replace(each, name=f"{each.name}-fp8", fp8=True) for each in (ONE_TILE, TILES, LARGER)],
     "2b-questions": [NOT_CACHED, QUESTIONED],
     "2b-1tile-gpus": GPUS,
-    "tiny": [Scenario("tiny", "tiny", SMALL, 1, 256, 64)],  # whether all of this works: no figures to be kept
+    "tiny": [Scenario("tiny", "tiny", SMALL, 1, 256, 64)],  # checks that the benchmark works; its figures mean nothing
 }
-"""By what the command line calls them; the parts of those that have several have names as well."""
+"""Scenarios by their names on the command line; a name may stand for several scenarios that have their own names."""
 SCENARIOS = {scenario.name: [scenario] for several in SCENARIOS.values() for scenario in several} | SCENARIOS
