@@ -1,4 +1,7 @@
-"""Encoded bytes to an RGB picture, strictly: what is cut off, damaged or too large is an error, never a grey field."""
+"""Decoding images to RGB, strictly: a truncated, corrupt or too large image is an error, never a gray area.
+
+Large JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size (--draft-decode) if the model would shrink them anyway.
+"""
 
 from __future__ import annotations
 
@@ -14,166 +17,188 @@ from PIL import ImageFile, features
 from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
-from .. import types as request
 from ..config.options import ImageOptions
 from ..errors import CorruptImage, NotAnImage, PrepareError, PrepareFailed, TooManyImages, TooManyPixels, TruncatedImage
+from ..types import Image
 from .rgb import to_rgb
-from .sniff import ends_early, is_picture, looks_like
+from .sniff import describe, ends_early, is_image
 
 FORMATS = tuple(
     name
     for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
     if features.check({"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}.get(name, "pil"))
 )
-"""What is read, MPO as a JPEG. Pillow knows more formats; each is a decoder that a hostile file could aim at."""
+"""Formats that are read; MPO as JPEG. Pillow knows more, but each is a decoder that a hostile file could attack."""
+
+SCALES = (8, 4, 2)
+"""Divisors at which libjpeg can decode, largest first."""
+
+ResizeTarget: TypeAlias = Callable[[int, int], tuple[int, int] | None]
+"""`Scaling.resized_size`: maps the width and height of an upright image to those that it is resized to."""
 
 _ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-}  # fmt: skip
-_SIDEWAYS = {Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90}
+_TO_UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""By the EXIF orientation."""
+_SWAPS_SIDES = {Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90}
 
 
-def strict() -> None:
-    """Makes Pillow refuse pictures that end early, and leaves the limit on pixels to `decode`.
+def configure_pillow() -> None:
+    """Make Pillow reject truncated images, and leave the limit on pixels to `decode`.
 
-    These are Pillow's globals, and engines change them when they are imported (LMDeploy makes cut-off pictures grey):
-    `decode` calls this each time.
+    These are globals of Pillow that engines change when they are imported: LMDeploy fills truncated images with gray.
+    `decode` therefore calls this each time.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     PIL.Image.MAX_IMAGE_PIXELS = None
 
 
-def check_count(pictures: int, limits: ImageOptions) -> None:
-    """Raises TooManyPictures where a row has more than --max-images."""
-    if pictures > limits.max_images:
-        raise TooManyImages(f"{pictures} pictures in the row, at most {limits.max_images} are allowed (--max-images)")
+def check_count(count: int, limits: ImageOptions) -> None:
+    """Raise TooManyImages if a row with `count` images has more than --max-images."""
+    if count > limits.max_images:
+        raise TooManyImages(f"{count} images in the row, at most {limits.max_images} are allowed (--max-images)")
 
 
 def decode(
-    data: bytes | memoryview, limits: ImageOptions, source: str, used: ResizeTarget | None = None
-) -> tuple[PIL.Image.Image, request.Image]:  # fmt: skip
-    """The picture as RGB, EXIF orientation applied, transparency on white, of an animation the first frame; and what
-    the output says about it: sha256 and number of the encoded bytes, width and height in pixels.
+    data: bytes | memoryview, limits: ImageOptions, source: str, resize_target: ResizeTarget | None = None
+) -> tuple[PIL.Image.Image, Image]:
+    """Decode an image, upright and on white where it is transparent. Of an animation, decode the first frame.
 
-    `source` is how messages call the picture. The picture carries no metadata any more, so nobody turns it twice.
-    With --draft-decode a JPEG of which `used` needs fewer pixels is smaller than what the output says about it.
+    Args:
+        data: Encoded bytes.
+        limits: What is allowed.
+        source: Label of the image in messages and in the output.
+        resize_target: What the image will be resized to. With --draft-decode, a JPEG that is much larger is decoded at
+            a smaller scale.
 
-    Raises NotAPicture, TruncatedPicture, CorruptPicture, TooManyPixels (told by the header, before decoding), or
-    PrepareFailed where the memory does not suffice; whatever Pillow raises ends as one of these.
+    Returns:
+        The image in mode RGB, without metadata, so that nobody rotates it again; and the image's record for the
+        output: hash and number of the encoded bytes, and its full width and height.
+
+    Raises:
+        NotAnImage, TruncatedImage, CorruptImage: The bytes cannot be decoded.
+        TooManyPixels: The header says that the image is too large.
+        PrepareFailed: Memory does not suffice.
     """
-    strict()
+    configure_pillow()
     data = bytes(data)  # also so that nobody changes it while it is read
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata that does not matter here
-            picture, (width, height) = _open(data, limits.max_image_pixels, used if limits.draft_decode else None)
+            warnings.simplefilter("ignore")  # Pillow warns about metadata
+            image, (width, height) = _decode(data, limits, resize_target)
     except PrepareError as error:
         raise type(error)(f"{source}: {error}") from None
     except MemoryError:
-        raise PrepareFailed(f"{source}: decoding needs more memory than the image worker has") from None
+        raise PrepareFailed(f"{source}: decoding needs more memory than an image worker has") from None
     except Exception as error:
-        raise _blame(data, error, source) from error
-    return picture, request.Image(source, hashlib.sha256(data).hexdigest(), width, height, len(data))
+        raise _classify(data, error, source) from error
+    return image, Image(source, hashlib.sha256(data).hexdigest(), width, height, len(data))
 
 
-def _open(data: bytes, max_pixels: int, used: ResizeTarget | None) -> tuple[PIL.Image.Image, tuple[int, int]]:
-    """The picture, upright, and its width and height in the file."""
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        width, height = image.size
-        if width < 1 or height < 1:
-            raise CorruptImage(f"its header says {width} x {height} pixels")
-        if width * height > max_pixels:
-            raise TooManyPixels(
-                f"{width} x {height} pixels are {width * height:,}, more than --max-image-pixels {max_pixels:,}"
-            )
-        if image.format == "PNG":
-            _check_sums(memoryview(data))
-        size = turn = None
-        if isinstance(image, JpegImageFile):
-            turn = _turn(image)  # once: where it fails over broken EXIF, Pillow would tell something the next time
-            size = (height, width) if turn in _SIDEWAYS else (width, height)
-            if used is not None:
-                draft(image, *size, used)
-        image.load()
-        picture = to_rgb(image)
-        if size is None:
-            turn = _turn(image)  # not before: a PNG may have its EXIF behind its pixels
-        if turn is not None:
-            picture = picture.transpose(turn)
-        elif picture is image:
-            picture = image._new(image.im)  # the plain class, without the file; `copy()` costs as much as decoding
-    picture.info.clear()
-    return picture, size or picture.size
+def _decode(
+    data: bytes, limits: ImageOptions, resize_target: ResizeTarget | None
+) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """Return the upright image, and its full width and height."""
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        _check_size(*file.size, limits.max_image_pixels)
+        if file.format == "PNG":
+            _check_png_checksums(memoryview(data))
+        if isinstance(file, JpegImageFile):
+            rotation = _rotation(file)  # once: if broken EXIF makes it fail, Pillow returns something the next time
+            full_size = file.size[::-1] if rotation in _SWAPS_SIDES else file.size
+            if limits.draft_decode and resize_target is not None:
+                _set_scale(file, *full_size, resize_target)
+            file.load()
+        else:
+            file.load()
+            rotation = _rotation(file)  # only now: the EXIF of a PNG may follow its pixels
+            full_size = None
+        image = to_rgb(file)
+        if rotation is not None:
+            image = image.transpose(rotation)
+        elif image is file:
+            image = image._new(image.im)  # detaches the pixels from the file; `copy()` costs as much as decoding
+    image.info.clear()
+    return image, full_size or image.size
 
 
-def _check_sums(data: memoryview) -> None:
-    """Pillow skips the checksums of a PNG's pixels, and what is damaged often decodes to something.
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise CorruptImage(f"its header says {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise TooManyPixels(
+            f"{width} x {height} pixels are {width * height:,}, more than --max-image-pixels {max_pixels:,}"
+        )
 
-    Critical chunks (PNG specification, 5.3 and 5.4) count here; those of metadata are Pillow's business.
+
+def _check_png_checksums(data: memoryview) -> None:
+    """Raise CorruptImage if a critical chunk has a wrong checksum.
+
+    Pillow skips the checksums of a PNG's pixels, and damaged pixels often decode to something. Critical chunks: PNG
+    specification, sections 5.3 and 5.4.
     """
-    at = len(b"\x89PNG\r\n\x1a\n")
-    while at + 12 <= len(data):
-        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
-        critical = not data[at + 4] & 0x20
-        if (
-            critical
-            and end + 4 <= len(data)
-            and zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big")
-        ):
-            raise CorruptImage(f"its chunk {bytes(data[at + 4 : at + 8])!r} has a wrong checksum")
-        at = end + 4
+    start = len(b"\x89PNG\r\n\x1a\n")
+    while start + 12 <= len(data):
+        name = data[start + 4 : start + 8]
+        end = start + 8 + int.from_bytes(data[start : start + 4], "big")
+        is_critical = not name[0] & 0x20
+        if is_critical and end + 4 <= len(data):
+            checksum = int.from_bytes(data[end : end + 4], "big")
+            if zlib.crc32(data[start + 4 : end]) != checksum:
+                raise CorruptImage(f"its chunk {bytes(name)!r} has a wrong checksum")
+        start = end + 4
 
 
-def _turn(image: PIL.Image.Image) -> Transpose | None:
-    """How the picture is to be turned upright. Broken EXIF says nothing about the pixels, and is ignored."""
+def _rotation(image: PIL.Image.Image) -> Transpose | None:
+    """Return what makes the image upright. Broken EXIF says nothing about the pixels and is ignored."""
     try:
-        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        return _TO_UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:
         return None
 
 
-def _blame(data: bytes, error: Exception, source: str) -> PrepareError:
-    """The row's error for an exception of Pillow, whose types and texts differ from decoder to decoder."""
-    if not is_picture(data):
-        return NotAnImage(f"{source}: found {looks_like(data)}, want a picture ({', '.join(FORMATS)})")
-    reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {type(error).__name__}: {error}"
-    if ends_early(data) or isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return TruncatedImage(f"{source}: ends after {len(data):,} bytes, before the picture is whole{reason}")
-    return CorruptImage(f"{source}: {len(data):,} bytes that cannot be decoded{reason}")
+def _set_scale(image: JpegImageFile, width: int, height: int, resize_target: ResizeTarget) -> None:
+    """Have an image, none of which is decoded yet, decoded at the smallest scale that `resize_target` allows.
 
-
-ResizeTarget: TypeAlias = Callable[[int, int], tuple[int, int] | None]
-"""`Scaling.used`: of an upright picture's width and height, the width and height that are made of it."""
-SCALES = (8, 4, 2)
-
-
-def draft(image: JpegImageFile, width: int, height: int, used: ResizeTarget) -> None:
-    """Has `image`, of which nothing is decoded yet, decoded at the least scale that `used` allows.
-
-    width, height: as they are once the picture stands upright. Raises PrepareFailed where `used` does not work.
+    Raises PrepareFailed if `resize_target` fails.
     """
     try:
-        scale = choose_scale(width, height, used)
+        scale = choose_scale(width, height, resize_target)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        raise PrepareFailed(f"--draft-decode: the model's size for {width} x {height} pixels: {said}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise PrepareFailed(f"--draft-decode: the model's size for {width} x {height} pixels: {cause}") from error
     if scale > 1:
-        image.draft(None, (image.width // scale, image.height // scale))  # the mode stays: `to_rgb` is for that
+        image.draft(None, (image.width // scale, image.height // scale))  # None: `to_rgb` sees to the mode
 
 
-def choose_scale(width: int, height: int, used: ResizeTarget) -> int:
-    """The largest of `SCALES` by which the picture can be divided so that no pixel is missed and the same size is made
-    of it; 1 where there is none.
+def choose_scale(width: int, height: int, resize_target: ResizeTarget) -> int:
+    """Return the largest of `SCALES` at which an upright image still has all pixels that its resized version needs.
 
-    libjpeg rounds up, so the aspect ratio changes a little, and with it perhaps the tiles that are chosen.
+    The size that it is resized to must stay the same. libjpeg rounds up, so the aspect ratio changes a little, and with
+    it perhaps the tiles that a model chooses. Returns 1 if no scale will do.
     """
-    wanted = used(width, height)
-    if wanted is None:
+    target = resize_target(width, height)
+    if target is None:
         return 1
     for scale in SCALES:
-        enough = width // scale >= wanted[0] and height // scale >= wanted[1]
-        if enough and used(-(-width // scale), -(-height // scale)) == wanted:
+        is_enough = width // scale >= target[0] and height // scale >= target[1]
+        if is_enough and resize_target(-(-width // scale), -(-height // scale)) == target:
             return scale
     return 1
+
+
+def _classify(data: bytes, error: Exception, source: str) -> PrepareError:
+    """Return the row's error for an exception of Pillow, whose types and texts differ from decoder to decoder."""
+    if not is_image(data):
+        return NotAnImage(f"{source}: found {describe(data)}, want an image ({', '.join(FORMATS)})")
+    reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {type(error).__name__}: {error}"
+    if ends_early(data) or isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return TruncatedImage(f"{source}: ends after {len(data):,} bytes, before the image is complete{reason}")
+    return CorruptImage(f"{source}: {len(data):,} bytes that cannot be decoded{reason}")

@@ -1,4 +1,4 @@
-"""Rows that share their pictures, brought together."""
+"""Grouping of rows that share their images, so that each image is read once."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ from collections.abc import AsyncIterator, Hashable
 from ..types import Row
 
 MAX_GROUP_SIZE = 64
-"""Rows of a group: all of them are prepared before the first is answered, and the pictures stay until the last is."""
+"""All rows of a group are prepared before the first is answered, and its images stay until the last is answered."""
 INLINE_BYTES = 64 * 2**20
-"""Picture bytes that rows in the window may carry themselves, beside the latest row's."""
+"""Bytes of inline images that the rows in the window may carry, the latest row excluded."""
 
 
-async def group_by_images(rows: AsyncIterator[Row], size: int) -> AsyncIterator[list[Row]]:
-    """The rows in groups: those among `size` rows ahead that have the same pictures in the same order, up to
-    MOST_TOGETHER, and each of the others alone. Groups come in the order of their first rows.
+async def group_by_images(
+    rows: AsyncIterator[Row], window: int, max_inline_bytes: int = INLINE_BYTES
+) -> AsyncIterator[list[Row]]:
+    """Yield groups of rows with the same images in the same order, in the order of their first rows.
 
-    rows: in the manifest's order.
-    size: of the manifest's rows, so that where few are left between those that are done, the first does not wait until
-    so many are found. 0 or 1 leaves the rows as they come.
+    Args:
+        rows: Rows in the manifest's order.
+        window: How far apart the rows of a group may be in the manifest. Rows that are done already count: if few are
+            left, the first need not wait for `window` others. 0 or 1 yields each row alone.
+        max_inline_bytes: Bytes of inline images that the rows in the window may carry, the latest row excluded.
     """
     groups: deque[tuple[Hashable, list[Row]]] = deque()
     unfilled: dict[Hashable, list[Row]] = {}
-    carried = 0  # bytes that the rows in the window carry
+    carried = 0  # inline bytes of the rows in the window
     async for row in rows:
-        key = _pictures(row)
-        if (group := unfilled.get(key)) is None or row.number - group[0].number >= size:
+        key = _images(row)
+        if (group := unfilled.get(key)) is None or row.number - group[0].number >= window:
             group = unfilled[key] = []
             groups.append((key, group))
         group.append(row)
         if len(group) == MAX_GROUP_SIZE:
-            del unfilled[key]  # the next row with these pictures begins another
+            del unfilled[key]  # the next row with these images begins another group
         latest = row.inline_bytes
         carried += latest
-        while groups and (row.number - groups[0][1][0].number >= size - 1 or carried - latest > INLINE_BYTES):
+        while groups and (row.number - groups[0][1][0].number >= window - 1 or carried - latest > max_inline_bytes):
             key, group = groups.popleft()
             if unfilled.get(key) is group:
                 del unfilled[key]
@@ -45,6 +48,6 @@ async def group_by_images(rows: AsyncIterator[Row], size: int) -> AsyncIterator[
         yield group
 
 
-def _pictures(row: Row) -> Hashable:
-    """What rows with the same pictures have in common."""
+def _images(row: Row) -> Hashable:
+    """Return a key that is the same for rows with the same images, and unique for rows to be left alone."""
     return row.images if row.images and row.failure is None else row.number

@@ -1,12 +1,12 @@
-"""What the runner, the image workers and their host process say to each other.
+"""Messages between the runner, the host process of the image workers, and the workers.
 
-runner ── Job ──▶ worker      the rows, where their pictures' bytes lie, and room as rows usually need it
-       ◀─ Need ──             only if that does not do: so many bytes of prepared tensors
-       ── Grant ─▶            here
-       ◀─ Done ──             written; or Failed, at any point
+runner ── PrepareJob ────▶ worker    rows, where their images are, and as much space as rows usually need
+       ◀─ SpaceNeeded ───            only if that is too little: the size of the prepared tensors
+       ── SpaceGranted ──▶
+       ◀─ JobDone ───────            the tensors are written; or JobFailed, at any point
 
-runner ── Setup ─▶ host       once; then Fork and Kill
-       ◀─ Ready ──            once; then Died, for each worker that ended
+runner ── HostSetup ─────▶ host      once, then ForkWorker and KillWorker
+       ◀─ HostReady ─────            once, then WorkerExited for each worker that ended
 """
 
 from __future__ import annotations
@@ -16,80 +16,95 @@ from ..types import Extent, Failure, FileImage, Image, Request, Struct, Tensor
 from .preparation import PreparationSpec
 
 
+class UnexpectedMessage(Exception):
+    """The other process does not keep to the order above: a bug."""
+
+
 class Source(Struct, frozen=True):
-    """One picture of a job: a file that the worker opens, or its bytes in the arena of encoded pictures."""
+    """One image of a job: a file for the worker to open, or encoded bytes in the arena."""
 
     label: str
-    """What the output says about where it is from."""
+    """Source of the image in the output."""
     file: FileImage | None = None
     extent: Extent | None = None
 
 
 class PrepareJob(Struct, frozen=True, tag="job"):
-    """Requests about the same pictures: these are read once."""
+    """Requests about the same images, which are read once."""
 
     requests: tuple[Request, ...]
     sources: tuple[Source, ...]
-    room: Extent | None = None
+    extent: Extent | None = None
+    """Space for the tensors, if some was free."""
 
 
-class Grant(Struct, frozen=True, tag="grant"):
+class SpaceGranted(Struct, frozen=True, tag="space_granted"):
     extent: Extent
 
 
-class Need(Struct, frozen=True, tag="need"):
+class SpaceNeeded(Struct, frozen=True, tag="space_needed"):
     size: int
 
 
-class Done(Struct, frozen=True, tag="done"):
+class JobDone(Struct, frozen=True, tag="done"):
     images: tuple[Image, ...]
     tensors: tuple[tuple[Tensor, ...] | Failure, ...]
-    """For each request. What is of the pictures alone lies in the extent once, and is named for each."""
+    """For each request. Tensors of the images alone are in the extent once, and listed for each request."""
     size: int
-    """Bytes that the tensors take in the extent."""
+    """Bytes of the extent that the tensors take."""
     seconds: float
+    """Working time, without waiting for space."""
 
 
-class Failed(Struct, frozen=True, tag="failed"):
+class JobFailed(Struct, frozen=True, tag="failed"):
     failure: Failure
     images: tuple[Image, ...]
 
 
-ToWorker = PrepareJob | Grant
-FromWorker = Need | Done | Failed
+ToWorker = PrepareJob | SpaceGranted
+FromWorker = SpaceNeeded | JobDone | JobFailed
 
 
-class Setup(Struct, frozen=True):
-    """The host's first message."""
+class WorkerLimits(Struct, frozen=True):
+    """What image workers may read, and how much."""
 
-    spec: PreparationSpec | None
-    limits: ImageOptions
+    image: ImageOptions
     max_image_bytes: int
     roots: tuple[str, ...]
-    """Folders that files may lie in; relative paths are below the first."""
-    encoded: tuple[int, int]
-    prepared: tuple[int, int]
-    """Descriptor and size of the two arenas."""
-    memory: int
+    """Directories that image files may lie in. Relative paths start from the first."""
+    memory: int = 4 * 2**30
     """Bytes of address space that a worker may add to what it has after the fork."""
 
 
-class Fork(Struct, frozen=True, tag="fork"):
+class HostSetup(Struct, frozen=True):
+    """The first message to the host."""
+
+    preparation: PreparationSpec | None
+    limits: WorkerLimits
+    encoded: tuple[int, int]
+    tensors: tuple[int, int]
+    """File descriptor and size of the two arenas."""
+
+
+class ForkWorker(Struct, frozen=True, tag="fork"):
+    """Comes with the file descriptor of the worker's socket."""
+
     worker: int
 
 
-class Kill(Struct, frozen=True, tag="kill"):
+class KillWorker(Struct, frozen=True, tag="kill"):
     worker: int
 
 
 class HostReady(Struct, frozen=True, tag="ready"):
     error: str | None = None
+    """Why the preparation cannot be loaded."""
 
 
-class Died(Struct, frozen=True, tag="died"):
+class WorkerExited(Struct, frozen=True, tag="exited"):
     worker: int
     reason: str
 
 
-ToHost = Fork | Kill
-FromHost = HostReady | Died
+ToHost = ForkWorker | KillWorker
+FromHost = HostReady | WorkerExited

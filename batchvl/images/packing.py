@@ -1,4 +1,4 @@
-"""Where a job's arrays come to lie in its extent of the arena."""
+"""The layout of a job's arrays in its extent of the arena."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ _ALIGNMENT = 64
 
 
 class ArenaPacker:
-    """Arrays one after another, and each once."""
+    """Lays out arrays one after another. An array that several rows share is stored once.
+
+    All arrays must live until `write`: they are told apart by their addresses.
+    """
 
     def __init__(self) -> None:
         self.size = 0
-        """Bytes that they take."""
-        self._places: dict[tuple[int, int] | int, int] = {}
+        """Bytes of all arrays so far."""
+        self._offsets: dict[tuple[int, int] | int, int] = {}
         self._arrays: list[tuple[Array, int]] = []
 
     def add(self, arrays: Mapping[str, Array]) -> tuple[Tensor, ...]:
-        """One row's arrays, some of which may be other rows' as well."""
+        """Add one row's arrays and return where they will be. Names are those of `Preparation.prepare`."""
         tensors = []
         for key, array in arrays.items():
             name, _, dtype = key.partition(":")
-            at = self._place(array)
+            offset = self._offset(array)
             if isinstance(array, bytes):
-                tensors.append(Tensor(name, "uint8", (len(array),), at))
+                tensors.append(Tensor(name, "uint8", (len(array),), offset))
             else:
-                tensors.append(Tensor(name, dtype or array.dtype.name, array.shape, at))
+                tensors.append(Tensor(name, dtype or array.dtype.name, array.shape, offset))
         return tuple(tensors)
 
-    def write(self, into: memoryview) -> None:
-        """Copies all of them to the extent's bytes."""
-        for array, at in self._arrays:
+    def write(self, view: memoryview) -> None:
+        """Copy all arrays into the bytes of an extent of at least `size` bytes."""
+        for array, offset in self._arrays:
             if size := _size(array):
-                data: Any = array  # numpy's arrays are buffers from Python 3.12 on, as far as types tell
-                into[at : at + size] = memoryview(data).cast("B")
+                data: Any = array  # numpy arrays are typed as buffers only from Python 3.12 on
+                view[offset : offset + size] = memoryview(data).cast("B")
 
-    def _place(self, array: Array) -> int:
-        # Two arrays that live at the same place in memory are one; all of a job's live until they are written.
+    def _offset(self, array: Array) -> int:
         key = id(array) if isinstance(array, bytes) else (array.ctypes.data, array.nbytes)
-        if (at := self._places.get(key)) is None:
-            at = self._places[key] = self.size
-            self._arrays.append((array, at))
+        if (offset := self._offsets.get(key)) is None:
+            offset = self._offsets[key] = self.size
+            self._arrays.append((array, offset))
             self.size += -(-_size(array) // _ALIGNMENT) * _ALIGNMENT
-        return at
+        return offset
 
 
 def _size(array: Array) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +15,12 @@ from ..config.units import Size
 from ..errors import OptionError, RowError
 from ..hardware.limits import cpus
 from ..ipc.arena import BLOCK, Arena, default_arena_bytes
-from ..ipc.spawn import ParentPipe
 from ..storage.disk import as_stopped_early
 from ..types import Extent, Failure, Image, Request, Row
-from .fetch import Fetcher, source_label
+from .fetch import Fetcher
+from .messages import WorkerLimits
 from .preparation import PreparationSpec
+from .sources import source_label
 from .worker_pool import ImageWorkers
 
 INLINE_BYTES = 256 * 2**20
@@ -83,12 +83,10 @@ class ImagePipeline:
     async def __aenter__(self) -> ImagePipeline:
         async with AsyncExitStack() as stack:
             encoded, self.tensors = self._open_arenas(stack)
-            parent_pipe = ParentPipe()
-            stack.callback(parent_pipe.close)
+            limits = WorkerLimits(self._image, self._fetch.max_image_bytes, tuple(map(str, self._roots)))
             workers = ImageWorkers(
-                self._preload, self._image, self._fetch.max_image_bytes, self._roots, (encoded, self.tensors),
-                self.worker_count, parent_pipe, dict(os.environ), self._open_log(stack),
-            )  # fmt: skip
+                self.worker_count, limits, encoded, self.tensors, self._open_log(stack), preload=self._preload
+            )
             self._workers = await stack.enter_async_context(workers)
             self._fetcher = await stack.enter_async_context(Fetcher(self._fetch, encoded))
             self._stack = stack.pop_all()

@@ -1,9 +1,9 @@
-"""What an engine has image workers do: the seam between `engines/` and `images/workers.py`."""
+"""How image workers prepare the inputs of an engine: the interface between `images` and `engines`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
@@ -11,48 +11,67 @@ from ..types import Image, Request, Struct
 
 if TYPE_CHECKING:
     import numpy
-    from PIL.Image import Image as Picture
+    import PIL.Image
 
 
 class PreparationSpec(Struct, frozen=True):
-    """How image workers make an engine's inputs; crosses process borders, so it names code instead of holding it."""
+    """What image workers make of a row for an engine. Names code instead of holding it, so it can be sent to them."""
 
-    factory: str
-    """ "package.module:callable", called once in the workers' host process with `options` as keywords."""
+    factory: str | None = None
+    """ "package.module:callable" that returns a `Preparation`. The workers' host process calls it once with `options`
+    as keywords. None if `input` is "encoded"."""
     options: dict[str, Any] = msgspec.field(default_factory=dict)
-    text_too: bool = False
-    """Whether rows without pictures go through the workers as well, to be tokenised."""
+    input: Literal["pixels", "encoded"] = "pixels"
+    """What the engine takes: "pixels" are the arrays that the `Preparation` makes of decoded images. "encoded" are the
+    original bytes, for engines that decode images themselves, such as servers: workers decode each image only to check
+    it, and the engine gets a uint8 tensor "image0", "image1", … for each of the row's images."""
+    prepares_text: bool = False
+    """Whether rows without images go through the workers as well, to be tokenized."""
     special_tokens: tuple[str, ...] = ()
-    """The tokenizer's own: in a row's values they are escaped or refused."""
+    """Special tokens of the tokenizer, which are escaped or refused in a row's values."""
+
+    def __post_init__(self) -> None:
+        if (self.factory is None) != (self.input == "encoded"):
+            raise ValueError(f"input {self.input!r} with factory {self.factory!r}: only pixels have a factory")
 
 
 Array: TypeAlias = "bytes | numpy.ndarray"
 
 
 class Preparation(Protocol):
-    """Makes one row's inputs from its pictures. Lives in the image workers; loaded before they fork."""
+    """Makes the inputs of one row from its images. Loaded once in the workers' host process, used by each worker."""
 
     def prepare(
-        self, request: Request, pictures: Sequence[Picture], images: Sequence[Image] = ()
+        self, request: Request, images: Sequence[PIL.Image.Image], infos: Sequence[Image] = (), /
     ) -> Mapping[str, Array]:
-        """Named arrays for the engine: bytes, or numpy arrays in C order. A name such as "pixel_values:bfloat16"
-        tells a type that numpy lacks; its array is a view of the same width.
+        """Return named arrays for the engine.
 
-        `pictures` are RGB, in the row's order, EXIF orientation applied; `images` tell of the files that they were.
-        For several requests about the same pictures it is called with the same list, one after another: what is made
-        of them alone may be kept until another list comes, and lies in the arena once.
-        Raises a `RowError`; any other exception becomes `prepare_failed`.
+        For several requests about the same images, this is called with the same list, one request after the other.
+        What is made of the images alone may be kept until the next list, and is stored in the arena once.
+
+        Args:
+            request: The row's request.
+            images: Images in the row's order: RGB, EXIF orientation applied.
+            infos: What is known of each image's file.
+
+        Returns:
+            Bytes, or numpy arrays in C order, by name. A name such as "pixel_values:bfloat16" gives a dtype that numpy
+            lacks; its array is a view of the same width.
+
+        Raises:
+            RowError: The row cannot be prepared. Any other exception becomes `prepare_failed`.
         """
         ...
 
 
 @runtime_checkable
 class Scaling(Preparation, Protocol):
-    """A preparation that can tell how large it makes a picture. What it does not need is not decoded (`draft.py`)."""
+    """A preparation that knows how large it makes an image, so that JPEGs need not be decoded at full size."""
 
-    def used(self, width: int, height: int) -> tuple[int, int] | None:
-        """The width and height that a picture of this size is scaled to, the whole of it, before it is cut into tiles:
-        it can be had from any picture that is as large in both directions. Pictures for which this is the same become
-        equally many tiles and tokens. None where it is not known.
+    def resized_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Return the width and height that an image is resized to as a whole, before it is cut into tiles.
+
+        Images with the same resized size become equally many tiles and tokens. Any image that is at least as large in
+        both directions will do as the source. None if the size is not known.
         """
         ...

@@ -1,4 +1,4 @@
-"""What bytes look like that a decoder cannot use, for the message that tells people so."""
+"""Guesses about bytes that cannot be decoded, for error messages."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ _MAGIC = (
     (b"\x28\xb5\x2f\xfd", "zstd data"),
     (b"8BPS", "a Photoshop file"),
     (b"\0\0\1\0", "an icon (ICO)"),
-    (b"\xff\x0a", "a JPEG XL picture"),
-    (b"\0\0\0\x0cJXL ", "a JPEG XL picture"),
+    (b"\xff\x0a", "a JPEG XL image"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image"),
     (b"\x1aE\xdf\xa3", "a WebM or Matroska video"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself (run: git lfs pull)"),
 )
-_PICTURES = (
-    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  ",
-    b"\xff\x4f\xff\x51", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf",
-)  # fmt: skip
+_JPEG = (b"\xff\xd8\xff", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")  # the latter two: JPEG 2000
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PPM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf")
+_IMAGES = (*_JPEG, b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", *_TIFF, *_PPM)
 
 
-def is_picture(data: bytes) -> bool:
-    """Whether the bytes begin as a picture does that batchvl reads."""
-    if data.startswith(_PICTURES):
+def is_image(data: bytes) -> bool:
+    """Return whether the bytes begin like an image in a format that batchvl reads."""
+    if data.startswith(_IMAGES):
         return True
     return (data[:4], data[8:12]) == (b"RIFF", b"WEBP") or data[4:12] in (b"ftypavif", b"ftypavis")
 
 
 def ends_early(data: bytes) -> bool:
-    """Whether a picture lacks its end by its own account: its end marker, or the length that its header gives."""
+    """Return whether an image lacks its end marker, or is shorter than its header says."""
     if data.startswith((b"\xff\xd8", b"\xff\x4f")):  # JPEG and JPEG 2000 end with the same marker
         return b"\xff\xd9" not in data[-64:]
     if data.startswith(b"\x89PNG"):
@@ -39,19 +39,19 @@ def ends_early(data: bytes) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if data.startswith(b"BM"):
         return int.from_bytes(data[2:6], "little") > len(data)
-    at = 0
+    end = 0
     if data[4:8] in (b"ftyp", b"jP  "):  # boxes: AVIF, JPEG 2000
-        while (size := int.from_bytes(data[at : at + 4], "big")) > 0:
-            at += size
-    return at > len(data)
+        while (size := int.from_bytes(data[end : end + 4], "big")) > 0:
+            end += size
+    return end > len(data)
 
 
-def looks_like(data: bytes) -> str:
-    """A few words on what the bytes are.
+def describe(data: bytes) -> str:
+    """Return in a few words what the bytes look like.
 
-    >>> looks_like(b"<!DOCTYPE html><title>Not found</title>")
+    >>> describe(b"<!DOCTYPE html><title>Not found</title>")
     'an HTML page'
-    >>> looks_like(bytes([1, 2, 3]))
+    >>> describe(bytes([1, 2, 3]))
     'bytes that begin with 01 02 03'
     """
     if not data.strip(b"\0"):
@@ -60,11 +60,11 @@ def looks_like(data: bytes) -> str:
         if data.startswith(magic):
             return name
     if data[4:8] == b"ftyp":
-        heif = data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-        return "a HEIC picture, which Pillow does not read" if heif else "a video (MP4)"
+        is_heif = data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+        return "a HEIC image, which Pillow does not read" if is_heif else "a video (MP4)"
     text = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"<svg") or (text.startswith(b"<?xml") and b"<svg" in text):
-        return "an SVG drawing, which is code to be run and not pixels"
+        return "an SVG drawing, which has no pixels"
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in text:
         return "an HTML page"
     if text.startswith(b"<"):

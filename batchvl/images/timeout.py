@@ -1,4 +1,4 @@
-"""A deadline that leaves out the waiting that is ours."""
+"""A timeout that does not count the time in which a task waits for resources of our own."""
 
 from __future__ import annotations
 
@@ -12,53 +12,59 @@ import aiohttp
 
 
 class PausableTimeout:
-    """So many seconds of a task's time; `async with clock.timeout` raises TimeoutError once they are used up.
+    """A timeout for a task: `async with pausable.timeout` raises TimeoutError after `seconds` without the pauses.
 
-    While it is stopped, for as long as the task queues for something of ours, no time passes.
+    Must be created in the running event loop. Starts at once.
     """
 
     def __init__(self, seconds: float) -> None:
-        self.timeout = asyncio.timeout(seconds)
-        self._left: float | None = None
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + seconds
+        self._left_at_pause: float | None = None
+        self.timeout = asyncio.timeout_at(self._deadline)
 
     @property
-    def left(self) -> float:
-        """Seconds, while it runs."""
-        if self._left is not None:
-            return self._left
-        when = self.timeout.when()
-        assert when is not None
-        return when - asyncio.get_running_loop().time()
+    def seconds_left(self) -> float:
+        if self._left_at_pause is not None:
+            return self._left_at_pause
+        return self._deadline - self._loop.time()
 
-    def stop(self) -> None:
-        if self._left is None:
-            self._left = self.left
+    def pause(self) -> None:
+        """Stop the clock. Without effect if it is paused."""
+        if self._left_at_pause is None:
+            self._left_at_pause = self.seconds_left
             self.timeout.reschedule(None)
 
-    def go(self) -> None:
-        if self._left is not None:
-            self.timeout.reschedule(asyncio.get_running_loop().time() + self._left)
-            self._left = None
+    def resume(self) -> None:
+        """Let the clock run on. Without effect if it is not paused."""
+        if self._left_at_pause is not None:
+            self._deadline = self._loop.time() + self._left_at_pause
+            self._left_at_pause = None
+            self.timeout.reschedule(self._deadline)
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
-        self.stop()
+    def paused(self) -> Iterator[None]:
+        """Pause the timeout for the length of a block."""
+        self.pause()
         try:
             yield
         finally:
-            self.go()
+            self.resume()
 
 
 def pause_while_queued() -> aiohttp.TraceConfig:
-    """Stops a request's clock, its `trace_request_ctx`, while it queues for a connection of the session's limits."""
+    """Return a trace that pauses a request's timeout while the request waits for a connection of the session.
 
-    async def stop(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: Any) -> None:
-        context.trace_request_ctx.stop()
+    The timeout is the request's `trace_request_ctx`.
+    """
 
-    async def go(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: Any) -> None:
-        context.trace_request_ctx.go()
+    async def pause(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: Any) -> None:
+        context.trace_request_ctx.pause()
+
+    async def resume(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: Any) -> None:
+        context.trace_request_ctx.resume()
 
     trace = aiohttp.TraceConfig()
-    trace.on_connection_queued_start.append(stop)
-    trace.on_connection_queued_end.append(go)
+    trace.on_connection_queued_start.append(pause)
+    trace.on_connection_queued_end.append(resume)
     return trace

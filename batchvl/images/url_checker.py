@@ -1,4 +1,4 @@
-"""Whether a URL can be fetched, as far as its own text tells: `UrlChecker`."""
+"""Checks of URLs by their text alone, as far as that shows whether they can be fetched."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from cachetools import LRUCache
 
 from ..errors import FetchError
-from ..recent import Recent
 from ..types import WebImage
-from .http import TransientError, failure
-from .labels import source_label
+from .http import TransientError, classify
 from .network import AddressRefused, NetworkGuard
+from .sources import source_label
 
 _AUTHORITY = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 _LABEL = r"(?!xn--)[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _NAME = re.compile(
     rf"https?://(?:{_LABEL}\.){{1,3}}(?!localhost\b)[a-z][a-z0-9]+(?::[1-9]\d{{0,3}})?(?=[/?#]|\Z)", re.IGNORECASE
 )
-"""A name that can only be looked up. What is written otherwise (addresses, `127.1`, users) is for aiohttp to read."""
-_REMEMBERED = 65_536
+"""A URL whose host is plainly a name, to be looked up. aiohttp reads all others: addresses, `127.1`, users, …"""
+_CACHE_SIZE = 65_536
 
 
 class UrlChecker:
     """Finds URLs that a fetch would refuse by their text, without a lookup, a connection or a server.
 
-    It goes the way of a fetch, through the same library and the same guard, up to where a name would be looked up or a
-    connection made, and so says what the fetch would. An asynchronous context manager.
+    It takes the way of a fetch, through the same library and the same guard, up to where a name would be looked up or a
+    connection made, and so reports what the fetch would report. An async context manager.
     """
 
     def __init__(self, guard: NetworkGuard) -> None:
         self._guard = guard
-        self._found: Recent[str, tuple[type[FetchError], str] | None] = Recent(_REMEMBERED)
+        self._refusals: LRUCache[str, tuple[type[FetchError], str] | None] = LRUCache(_CACHE_SIZE)
 
     async def __aenter__(self) -> UrlChecker:
         connector = aiohttp.TCPConnector(
@@ -47,32 +47,33 @@ class UrlChecker:
         await self._session.close()
 
     async def check(self, image: WebImage) -> None:
-        """Raises what the fetch would: InvalidUrl or ForbiddenAddress."""
+        """Raise what the fetch would raise: InvalidUrl or ForbiddenAddress."""
         if _NAME.match(image.url):
             return
-        authority = found[0] if (found := _AUTHORITY.match(image.url)) else image.url
-        if authority not in self._found:
-            self._found[authority] = await self._refusal(authority)
-        if (refusal := self._found[authority]) is not None:
+        match = _AUTHORITY.match(image.url)
+        authority = match[0] if match else image.url
+        if authority not in self._refusals:
+            self._refusals[authority] = await self._refusal(authority)
+        if (refusal := self._refusals[authority]) is not None:
             kind, text = refusal
             raise kind(source_label(image) + text)
 
     async def _refusal(self, authority: str) -> tuple[type[FetchError], str] | None:
-        """The error, and its text after the URL."""
+        """Return the type of the error, and its text after the URL."""
         try:
             (await self._session.get(authority)).close()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            found = failure(error, "")
-            return None if isinstance(found, TransientError) else (type(found), str(found))
+        except (aiohttp.ClientError, OSError, ValueError) as exception:
+            error = classify(exception, "")
+            return None if isinstance(error, TransientError) else (type(error), str(error))
         return None
 
     def _no_socket(self, info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.socket:
         self._guard.socket(info).close()
-        raise _NotTried
+        raise _NotAttempted
 
 
 class _NoLookup(AbstractResolver):
-    """Reads addresses in whatever form the system does (`0x7f.1`), knows `localhost`, and asks nobody about names."""
+    """A resolver of addresses in any form that the system reads (`0x7f.1`), and of `localhost`, but of no names."""
 
     def __init__(self, guard: NetworkGuard) -> None:
         self._guard = guard
@@ -82,21 +83,21 @@ class _NoLookup(AbstractResolver):
     ) -> list[ResolveResult]:
         addresses = ["127.0.0.1", "::1"] if host.lower() == "localhost" else _numeric(host)
         if addresses and not any(map(self._guard.allows, addresses)):
-            raise AddressRefused(f"{host} leads to {addresses[0]}, which is not a public address")
-        raise _NotTried
+            raise AddressRefused(f"{host} resolves to {addresses[0]}, which is not a public address")
+        raise _NotAttempted
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 def _numeric(host: str) -> list[str]:
-    """The addresses that a host is written as; none of a name. Raises ValueError for what can be no name either."""
+    """Return the addresses that a host is written as, none for a name. Raises ValueError if it cannot be a name."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
         return []
-    return [str(address[0]) for *_, address in found]
+    return [str(address[0]) for *_, address in addresses]
 
 
-class _NotTried(OSError):
-    """Here a fetch would go on. To `failure` it is one of those that may pass."""
+class _NotAttempted(OSError):
+    """A fetch would look up the name or connect here. `classify` takes it for transient."""

@@ -1,4 +1,4 @@
-"""What is wrong with a manifest's rows, counted by kind: `Problems`."""
+"""Problems of a manifest's rows, counted by kind."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal
 import msgspec
 
 from ..errors import row_errors
-from ..images.labels import url_label
+from ..images.sources import url_label
 
 EXAMPLES = 3
-_LONGEST = 300  # characters of what was found
-_LONGEST_ID = 80
+_MAX_FOUND = 300  # characters
+_MAX_ID = 80  # characters
 
 DUPLICATE_ID, MISSING_ID = "duplicate_id", "missing_id"
-NO_PICTURE, REPEATED_QUESTION = "no_picture", "repeated_question"
+NO_IMAGE, REPEATED_QUESTION = "no_image", "repeated_question"
 
 Level = Literal["error", "warning"]
 
@@ -23,17 +23,17 @@ MEANINGS: dict[str, tuple[Level, str]] = {
     **{error.code: ("error", " ".join((error.__doc__ or "").split())) for error in row_errors()},
     DUPLICATE_ID: (
         "error",
-        "An earlier row has the same id: answers cannot be told apart by it. `batchvl run` refuses the manifest if it "
-        "finds this among the first 100,000 rows; `--id-column` names another column.",
+        "The row has the same id as an earlier row, so their answers cannot be told apart. `batchvl run` rejects the "
+        "manifest if this occurs in the first 100,000 rows. Use another column with `--id-column`.",
     ),
-    MISSING_ID: ("warning", "The row has no id, and others have."),
-    NO_PICTURE: ("warning", "The row has no picture, though the manifest has some: it is asked without one."),
+    MISSING_ID: ("warning", "The row has no id, although other rows have one."),
+    NO_IMAGE: ("warning", "The row has no image, although the manifest has images. It is asked without one."),
     REPEATED_QUESTION: (
         "warning",
-        "An earlier row asks the same of the same pictures with the same settings: the same answer is paid for twice.",
+        "An earlier row has the same prompt, images and settings: the same answer is generated again.",
     ),
 }
-"""Every kind of problem: those that a row fails with in a run, by the same codes, and those that no run looks for."""
+"""Every kind of problem: the error codes of a run, and problems that a run does not look for."""
 
 
 class Example(msgspec.Struct, frozen=True, order=True):
@@ -45,7 +45,7 @@ class Example(msgspec.Struct, frozen=True, order=True):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One kind of problem: the rows that have it, and the first of them."""
+    """One kind of problem: the number of rows that have it, and the first of them."""
 
     code: str
     level: Level
@@ -55,33 +55,34 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Problems:
-    """Counts problems, and keeps the first EXAMPLES rows of each kind."""
+    """Count problems, and keep the first EXAMPLES rows of each kind."""
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
         self._examples: dict[str, list[Example]] = {}
 
     def add(self, code: str, row: int, id: int | str | None, found: str) -> None:
-        """A row has a problem; `found` says what was found there."""
+        """Count a row that has a problem. found: what the row has, in words."""
         self._rows[code] = self._rows.get(code, 0) + 1
         examples = self._examples.setdefault(code, [])
         if len(examples) < EXAMPLES or row < examples[-1].row:
-            insort(examples, Example(row, shown(id), _cut(" ".join(found.split()), _LONGEST)), key=lambda e: e.row)
+            example = Example(row, redact_id(id), _truncate(" ".join(found.split()), _MAX_FOUND))
+            insort(examples, example, key=lambda example: example.row)
             del examples[EXAMPLES:]
 
-    def count(self, code: str, rows: int) -> None:
-        """So many rows more have a problem, of which no more is known."""
+    def add_rows(self, code: str, rows: int) -> None:
+        """Count rows of which no more than their number is known."""
         if rows:
             self._rows[code] = self._rows.get(code, 0) + rows
             self._examples.setdefault(code, [])
 
-    def drop(self, code: str) -> None:
-        """This was none after all."""
+    def discard(self, code: str) -> None:
+        """Remove a kind of problem that turned out not to be one."""
         self._rows.pop(code, None)
         self._examples.pop(code, None)
 
-    def found(self) -> tuple[Problem, ...]:
-        """All of them: errors before warnings, and the most frequent first."""
+    def ranked(self) -> tuple[Problem, ...]:
+        """Return all problems: errors before warnings, the most frequent first."""
         problems = (
             Problem(code, MEANINGS[code][0], rows, MEANINGS[code][1], tuple(self._examples[code]))
             for code, rows in self._rows.items()
@@ -89,12 +90,12 @@ class Problems:
         return tuple(sorted(problems, key=lambda problem: (problem.level, -problem.rows, problem.code)))
 
 
-def shown(id: int | str | None) -> int | str | None:
-    """An id for people: cut off where it is long, and a URL without what may be secret."""
+def redact_id(id: int | str | None) -> int | str | None:
+    """Return an id to show: truncated if it is long, and a URL without its secrets."""
     if not isinstance(id, str):
         return id
-    return _cut(url_label(id) if "://" in id else id, _LONGEST_ID)
+    return _truncate(url_label(id) if "://" in id else id, _MAX_ID)
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[:most] + "…"
+def _truncate(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[:limit] + "…"

@@ -12,10 +12,9 @@ import pytest
 from batchvl.config.options import ImageOptions
 from batchvl.engines.base import EngineSpec
 from batchvl.engines.transformers import TransformersEngine
-from batchvl.images.messages import Source
+from batchvl.images.messages import Source, WorkerLimits
 from batchvl.images.worker_pool import ImageWorkers
 from batchvl.ipc.arena import Arena
-from batchvl.ipc.spawn import ParentPipe
 from tests.engines.in_process import ask, line, picture, request
 from tests.tiny_models import FAMILIES
 
@@ -37,22 +36,14 @@ async def test_workers_prepare_what_the_engine_reads(tmp_path, log, name):
     async with line(model) as started:
         expected = await started.ask(*((req, images[req.row : req.row + 1]) for req in requests))
 
-    encoded, prepared, parent_pipe = Arena(8, 4096), Arena(64), ParentPipe()
+    encoded, prepared = Arena(8, 4096), Arena(64)
     spec = EngineSpec("transformers", str(model), device="cpu", dtype="float32", options={"threads": 1})
     engine = TransformersEngine(spec, prepared)
     preparation = await engine.resolve()
     path = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
-    async with ImageWorkers(
-        None,
-        ImageOptions(),
-        1 << 20,
-        [tmp_path],
-        (encoded, prepared),
-        2,
-        parent_pipe,
-        {**os.environ, "PYTHONPATH": path},
-        log,
-    ) as workers:
+    limits = WorkerLimits(ImageOptions(), 1 << 20, (str(tmp_path),))
+    environment = {**os.environ, "PYTHONPATH": path}
+    async with ImageWorkers(2, limits, encoded, prepared, log, environment=environment) as workers:
         await workers.load(preparation)
         sources = []
         for image in images:
@@ -67,6 +58,5 @@ async def test_workers_prepare_what_the_engine_reads(tmp_path, log, name):
     await engine.start()
     responses = {response.row: response async for response in engine.infer([done.requests[0] for done in ready])}
     await engine.close()
-    parent_pipe.close()
 
     assert [responses[row] for row in range(4)] == expected

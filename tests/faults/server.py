@@ -1,4 +1,4 @@
-"""A web server on loopback that does everything a web server should not: real sockets, no mocks."""
+"""A web server on loopback that misbehaves on request. It uses real sockets and no mocks."""
 
 from __future__ import annotations
 
@@ -16,45 +16,46 @@ from aiohttp import web
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-JUNK = bytes(range(256)) * 40  # a body whose bytes do not matter
+JUNK = bytes(range(256)) * 40
+"""A body whose bytes do not matter."""
 
 
 class FaultServer:
-    """An asynchronous context manager; `url("/…")` names what it serves:
+    """The server, an async context manager. `url(path)` returns the URL of one of these:
 
-    /picture/NAME        `pictures[NAME]`; `?length=no` sends it in chunks, `?wait=0.1` first waits, `?close=1` closes
-    /status/CODE         that status
-    /flaky/CODE/TIMES    that status so many times, then a picture; `?after=1` with Retry-After, `&date=1` as a date
-    /reset[/TIMES]       half a body, then the connection is reset; with TIMES, then a picture
-    /short[/TIMES]       a body shorter than its Content-Length
+    /image/NAME          `images[NAME]`; `?length=no`: in chunks, `?wait=0.1`: delayed, `?close=1`: then closes
+    /status/CODE         a response with this status
+    /flaky/CODE/TIMES    this status TIMES times, then JUNK; `?after=1`: with Retry-After, `&date=1`: as a date
+    /reset[/TIMES]       half a body, then a connection reset; with TIMES: JUNK after that many requests
+    /short[/TIMES]       a body shorter than its Content-Length; with TIMES: as above
     /cut                 a chunked body without its end
-    /drip                a byte every 20 ms, for ever
-    /silent/headers      no answer
+    /drip                one byte every 20 ms
+    /silent/headers      no response
     /silent/body         half a body, then nothing
-    /html                an HTML page that says it is a JPEG
-    /redirect?to=URL     a redirect; `?hops=3` redirects so often before
-    /loop                redirects to itself
-    /large?bytes=N       so many bytes; `&length=no` in chunks
-    /bomb?bytes=N        so many zero bytes in gzip content-encoding
-    /empty               a picture without bytes
-    /garbage             no HTTP at all
-    /cookie              a picture that sets a cookie
+    /html                an HTML page with the content type of a JPEG
+    /redirect?to=URL     a redirect; `?hops=3`: after so many redirects
+    /loop                a redirect to itself
+    /large?bytes=N       N bytes; `&length=no`: in chunks
+    /bomb?bytes=N        N zero bytes with gzip as content encoding
+    /empty               an image without bytes
+    /garbage             something other than HTTP
+    /cookie              JUNK, and a cookie
     """
 
     def __init__(self) -> None:
-        self.pictures: dict[str, bytes] = {}
+        self.images: dict[str, bytes] = {}
         self.requests: Counter[str] = Counter()
-        """How often each path (with its query) was asked for."""
+        """Number of requests by path with query."""
         self.headers: dict[str, dict[str, str]] = {}
-        """The headers of the last request for each path."""
+        """Headers of the last request by path with query."""
         self.sent = 0
-        """Bytes of bodies that were handed to the system's sockets."""
-        self.open = self.most_open = 0
-        """Requests that are being answered, and the most that were at once."""
+        """Bytes of bodies that were handed to the sockets."""
+        self.open = self.max_open = 0
+        """Requests in progress, and the largest number so far."""
 
     async def __aenter__(self) -> FaultServer:
         app = web.Application()
-        app.router.add_get("/{kind}{rest:.*}", self._answer)
+        app.router.add_get("/{kind}{rest:.*}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.05)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024)
@@ -70,11 +71,11 @@ class FaultServer:
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self.port}{path}"
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests[request.path_qs] += 1
         self.headers[request.path_qs] = dict(request.headers)
         self.open += 1
-        self.most_open = max(self.most_open, self.open)
+        self.max_open = max(self.max_open, self.open)
         try:
             pieces = request.path.strip("/").split("/")
             handler: Handler = getattr(self, "_" + pieces[0], self._missing)
@@ -85,9 +86,9 @@ class FaultServer:
     async def _missing(self, request: web.Request) -> web.StreamResponse:
         return web.Response(status=404)
 
-    async def _picture(self, request: web.Request) -> web.StreamResponse:
+    async def _image(self, request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(float(request.query.get("wait", 0)))
-        body = self.pictures[request.path.split("/")[2]]
+        body = self.images[request.path.split("/")[2]]
         if request.query.get("length") == "no":
             return await self._chunks(request, body)
         response = web.Response(body=body, content_type="image/jpeg")
@@ -104,13 +105,13 @@ class FaultServer:
             return web.Response(body=JUNK, content_type="image/jpeg")
         headers = {}
         if after := request.query.get("after"):
-            # A date has whole seconds: round up, so that it is never in the past.
+            # A date has whole seconds. Round up, so that it is never in the past.
             date = formatdate(int(time.time() + float(after)) + 1, usegmt=True)
             headers["Retry-After"] = date if "date" in request.query else after
         return web.Response(status=int(code), headers=headers)
 
     async def _reset(self, request: web.Request) -> web.StreamResponse:
-        if self._good_by_now(request):
+        if self._succeeds_by_now(request):
             return web.Response(body=JUNK)
         response = await self._begin(request, len(JUNK), JUNK[:5000])
         assert request.transport is not None
@@ -120,7 +121,7 @@ class FaultServer:
         return response
 
     async def _short(self, request: web.Request) -> web.StreamResponse:
-        if self._good_by_now(request):
+        if self._succeeds_by_now(request):
             return web.Response(body=JUNK)
         return self._hang_up(request, await self._begin(request, len(JUNK), JUNK[:5000]))
 
@@ -178,16 +179,16 @@ class FaultServer:
         response.set_cookie("seen", "before")
         return response
 
-    def _good_by_now(self, request: web.Request) -> bool:
+    def _succeeds_by_now(self, request: web.Request) -> bool:
         times = request.path.split("/")[2:]
         return bool(times) and self.requests[request.path_qs] > int(times[0])
 
     async def _begin(self, request: web.Request, length: int, body: bytes) -> web.StreamResponse:
-        """An answer that promises `length` bytes and sends `body` for now."""
+        """Start a response that promises `length` bytes, and send `body`."""
         response = web.StreamResponse(headers={"Content-Length": str(length), "Content-Type": "image/jpeg"})
         await response.prepare(request)
         await response.write(body)
-        await asyncio.sleep(0.01)  # for the client to have it
+        await asyncio.sleep(0.01)  # until the client has received it
         return response
 
     async def _chunks(self, request: web.Request, body: bytes) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""A preparation whose conduct the row's text orders. Loaded by image workers in their own processes."""
+"""A preparation that misbehaves as the row's text says. Image workers load it in their own processes."""
 
 import os
 import signal
@@ -6,9 +6,10 @@ import time
 
 
 class Misbehaving:
-    seen = pixels = None
+    def __init__(self):
+        self.previous = self.pixels = None
 
-    def prepare(self, request, pictures, images=()):
+    def prepare(self, request, images, infos=()):
         text = request.messages[0].parts[0].text or ""
         if text == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -19,23 +20,24 @@ class Misbehaving:
                 pass
             else:
                 os.kill(os.getpid(), signal.SIGSEGV)
-        if text == "hang":
-            time.sleep(60)
+        if text.startswith("hang "):
+            open(text.removeprefix("hang "), "w").close()
+            time.sleep(600)
         if text == "raise":
             raise RuntimeError("by order")
-        if text == "gorge":
+        if text == "use 1 TiB":
             return {"a": bytearray(1 << 40)}
         if text == "environment":
             return {"environment": repr(sorted(os.environ)).encode()}
         if text.startswith("large "):
             return {"large": bytes(int(text.removeprefix("large ")))}
-        if pictures is not self.seen:
-            self.seen, self.pixels = pictures, b"".join(picture.tobytes() for picture in pictures)
+        if images is not self.previous:
+            self.previous, self.pixels = images, b"".join(image.tobytes() for image in images)
         return {"number": request.row.to_bytes(8, "little"), "pixels": self.pixels}
 
 
 class Halving(Misbehaving):
-    def used(self, width, height):
+    def resized_size(self, width, height):
         return 16, 8
 
 

@@ -16,16 +16,16 @@ import pytest
 
 from batchvl.config.units import Shard
 from batchvl.errors import OptionError, ResumeError, StoppedEarly
-from batchvl.results import ResultStore, RunFile, merge, status
+from batchvl.results import ResultStore, merge, status
 from batchvl.results.location import open_output
 from batchvl.results.record import Record
-from batchvl.results.remote import SPAN, Remote
-from batchvl.results.shard import AttemptFile, ShardFolder
+from batchvl.results.remote import SPAN, RemoteStorage
+from batchvl.results.shard import AttemptFile
 from batchvl.storage import object_store as bucket
 from batchvl.storage import uploads
 from batchvl.storage.object_store import Bucket, RemoteError
 
-from ..faults.store import BUCKET, Asked, ObjectStore
+from ..faults.store import BUCKET, ObjectStore, StoreRequest
 from .samples import GUARD, failed, fill, options, sample
 
 SHARD = "shard-00000-of-00001"
@@ -40,10 +40,10 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
         yield found
 
 
-def machine(tmp_path: Path, name: str = "here") -> Remote:
+def machine(tmp_path: Path, name: str = "here") -> RemoteStorage:
     """The output as a machine sees it that keeps its working folders under that name."""
     out = open_output(URI, tmp_path / name)
-    assert isinstance(out, Remote)
+    assert isinstance(out, RemoteStorage)
     return out
 
 
@@ -52,16 +52,16 @@ def kinds(store: ObjectStore) -> Counter[str]:
     return Counter(key.removeprefix(f"{SHARD}/").partition("-")[0] for key in store.names("out/"))
 
 
-def local(out: Remote) -> set[str]:
+def local(out: RemoteStorage) -> set[str]:
     """The journals and parts that lie in the shard's working folder."""
     return {path.name for path in (out.path / SHARD).iterdir() if path.name.startswith(("journal-", "part-", "."))}
 
 
-def is_part(asked: Asked) -> bool:
+def is_part(asked: StoreRequest) -> bool:
     return "/part-" in asked.path
 
 
-async def die(out: Remote, records: list[Record], told: dict[str, str] | None = None) -> ResultStore:
+async def die(out: RemoteStorage, records: list[Record], told: dict[str, str] | None = None) -> ResultStore:
     """An attempt that commits the records and then is no more, as after kill -9: nobody holds its lock."""
     committed: list[int] = []
     output = ResultStore.open(out, GUARD, options=options(), on_commit=lambda counts: committed.append(counts.rows))
@@ -93,11 +93,11 @@ async def test_an_output_in_a_bucket_is_the_same_as_one_in_a_folder(store: Objec
 
 async def test_another_machine_goes_on_from_the_parts_alone(store: ObjectStore, tmp_path: Path) -> None:
     await fill(machine(tmp_path), [sample(row, response="x" * 5000 + str(row)) for row in range(400)], part_rows=40)
-    store.asked.clear()
+    store.requests.clear()
     output = ResultStore.open(machine(tmp_path, "elsewhere"), GUARD)
     assert list(output.done.missing(range(401))) == [400]
     await output.close()
-    ranges = [asked.range for asked in store.asked if is_part(asked) and asked.method == "GET"]
+    ranges = [asked.range for asked in store.requests if is_part(asked) and asked.method == "GET"]
     sizes = [int(end) - int(start) + 1 for start, end in (text.removeprefix("bytes=").split("-") for text in ranges)]
     assert len(sizes) == 10
     assert max(sizes) <= 64 * 1024, "footers were read, not parts"
@@ -105,15 +105,15 @@ async def test_another_machine_goes_on_from_the_parts_alone(store: ObjectStore, 
 
 async def test_footers_are_read_at_once(store: ObjectStore, tmp_path: Path) -> None:
     await fill(machine(tmp_path), [sample(row) for row in range(24)], part_rows=1)
-    store.delay, store.most_open = 0.05, 0
-    assert len(ShardFolder.of(machine(tmp_path), Shard()).recover().tally().rows()) == 24
-    assert store.most_open >= 8
+    store.delay, store.max_open = 0.05, 0
+    assert len(machine(tmp_path).shard(Shard()).recover().outcomes().rows()) == 24
+    assert store.max_open >= 8
 
 
 async def test_a_footer_of_any_size(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await fill(machine(tmp_path), [sample(row) for row in range(50)])
-    monkeypatch.setattr(bucket, "_TAIL", 100)
-    assert len(ShardFolder.of(machine(tmp_path), Shard()).recover().tally().rows()) == 50
+    monkeypatch.setattr(bucket, "FOOTER_BYTES", 100)
+    assert len(machine(tmp_path).shard(Shard()).recover().outcomes().rows()) == 50
 
 
 async def test_what_an_attempt_left_on_this_machine_is_brought_in(store: ObjectStore, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ async def test_what_an_attempt_left_on_this_machine_is_brought_in(store: ObjectS
     await output.close()
     [key] = [key for key in store.names(f"out/{SHARD}/") if key.startswith("part-")]
     assert key == f"part-{dead.attempt}-000001.parquet", "under the name of who answered"
-    footer = ShardFolder.of(machine(tmp_path, "elsewhere"), Shard())
+    footer = machine(tmp_path, "elsewhere").shard(Shard())
     [part] = footer.sources()
     assert (part.attempt, part.metadata["engine"]) == (dead.attempt, "the dead one's")
     assert part.metadata["fingerprint"] == GUARD.fingerprint
@@ -137,7 +137,7 @@ async def test_what_an_attempt_left_on_this_machine_is_brought_in(store: ObjectS
 async def test_a_part_that_was_made_but_not_uploaded_is_brought_in(store: ObjectStore, tmp_path: Path) -> None:
     out = machine(tmp_path)
     output = await die(out, [sample(row) for row in range(10)], {"engine": "fake"})
-    journal = output.folder / f"journal-{output.attempt}-000001.log"
+    journal = output.directory / f"journal-{output.attempt}-000001.log"
     kept = journal.read_bytes()
     await output._writer.close()
     out.uploads.wait()
@@ -145,7 +145,7 @@ async def test_a_part_that_was_made_but_not_uploaded_is_brought_in(store: Object
     data = store.read(f"out/{SHARD}/{name}")
     for journal_there in (True, False):  # before and after the journal went
         store.delete(f"out/{SHARD}/{name}")
-        (output.folder / name).write_bytes(data)
+        (output.directory / name).write_bytes(data)
         if journal_there:
             journal.write_bytes(kept)
         again = ResultStore.open(machine(tmp_path), GUARD)
@@ -157,9 +157,9 @@ async def test_a_part_that_was_made_but_not_uploaded_is_brought_in(store: Object
 async def test_a_refusal_that_passes_holds_up_no_commit(
     store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refused: list[Asked] = []
+    refused: list[StoreRequest] = []
 
-    def fault(asked: Asked) -> str | None:
+    def fault(asked: StoreRequest) -> str | None:
         if is_part(asked) and asked.uploads and len(refused) < 3:
             refused.append(asked)
             return "denied"  # which pyarrow does not try again by itself
@@ -193,7 +193,7 @@ async def test_a_refusal_that_passes_holds_up_no_commit(
 async def test_a_store_that_refuses_for_long_stops_the_run_and_loses_nothing(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "PATIENCE", 0.3)
+    monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.3)
     store.fault = lambda asked: "denied" if is_part(asked) and asked.uploads else None
     out = machine(tmp_path)
     with pytest.raises(StoppedEarly, match=r"part-.*cannot be written: .*ACCESS_DENIED.* run the same command again"):
@@ -207,9 +207,9 @@ async def test_a_store_that_refuses_for_long_stops_the_run_and_loses_nothing(
 
 
 async def test_a_part_counts_as_uploaded_once_it_is_seen(store: ObjectStore, tmp_path: Path) -> None:
-    looked: list[Asked] = []
+    looked: list[StoreRequest] = []
 
-    def fault(asked: Asked) -> str | None:
+    def fault(asked: StoreRequest) -> str | None:
         if is_part(asked) and asked.method == "HEAD" and len(looked) < 1:
             looked.append(asked)
             return "missing"
@@ -218,7 +218,7 @@ async def test_a_part_counts_as_uploaded_once_it_is_seen(store: ObjectStore, tmp
     store.fault = fault
     out = machine(tmp_path)
     await fill(out, [sample(0)])
-    uploaded = [asked for asked in store.asked if is_part(asked) and asked.uploads and "partNumber" in asked.path]
+    uploaded = [asked for asked in store.requests if is_part(asked) and asked.uploads and "partNumber" in asked.path]
     assert (len(looked), len(uploaded), local(out)) == (1, 2, set())
 
 
@@ -248,7 +248,7 @@ async def test_of_two_first_attempts_at_once_the_overwritten_one_uploads_nothing
     out = machine(tmp_path)
     output = ResultStore.open(out, GUARD, options=options())
     output.describe({"engine": "fake"})
-    store.put("out/run.json", replace(GUARD, options={"model": "another"})._encoded())  # as a late writer does
+    store.put("out/run.json", replace(GUARD, options={"model": "another"}).encode())  # as a late writer does
     output.add(sample(0))
     with pytest.raises(ResumeError, match='--model: "another" there, "shapes" here'):
         await output.close()
@@ -286,7 +286,7 @@ async def test_numbers_of_attempts_ascend(store: ObjectStore, tmp_path: Path) ->
 
 async def test_one_machine_has_one_runner(store: ObjectStore, tmp_path: Path) -> None:
     output = ResultStore.open(machine(tmp_path), GUARD)
-    with pytest.raises(ResumeError, match="another runner is at work here"):
+    with pytest.raises(ResumeError, match="in use by another runner"):
         ResultStore.open(machine(tmp_path), GUARD)
     await output.close()
 
@@ -294,7 +294,7 @@ async def test_one_machine_has_one_runner(store: ObjectStore, tmp_path: Path) ->
 async def test_status_from_elsewhere(store: ObjectStore, tmp_path: Path) -> None:
     guard = replace(GUARD, total=30)
     output = ResultStore.open(machine(tmp_path), guard, options=options(part_rows=10))
-    output.beat(30)
+    output.heartbeat(30)
     output.describe({"engine": "fake"})
     for row in range(20):
         output.add(sample(row))
@@ -312,10 +312,10 @@ async def test_status_from_elsewhere(store: ObjectStore, tmp_path: Path) -> None
 async def test_an_attempt_without_rows_can_be_taken_back(store: ObjectStore, tmp_path: Path) -> None:
     one, two = (ResultStore.open(machine(tmp_path, name), GUARD) for name in ("one", "two"))
     await one.close()
-    one.withdraw(logs=False)
+    one.roll_back(logs=False)
     assert kinds(store) == {"run.json": 1, "attempt": 1}, "the other is still at work, on these terms"
     await two.close()
-    two.withdraw(logs=False)
+    two.roll_back(logs=False)
     assert store.names("out/") == []
     await fill(machine(tmp_path, "one"), [sample(0)], replace(GUARD, options={"model": "another"}))
 
@@ -330,7 +330,7 @@ def test_a_damaged_part_is_named(store: ObjectStore, tmp_path: Path) -> None:
 
 def test_marks_and_uploads_under_way_are_no_files(store: ObjectStore, tmp_path: Path) -> None:
     store.put(f"out/{SHARD}/part-0001-000001.parquet", b"")
-    assert list(ShardFolder.of(machine(tmp_path), Shard()).names()) == []
+    assert list(machine(tmp_path).shard(Shard()).names()) == []
 
 
 def test_what_is_wrong_is_told_before_anything_else(store: ObjectStore, tmp_path: Path) -> None:
@@ -339,8 +339,8 @@ def test_what_is_wrong_is_told_before_anything_else(store: ObjectStore, tmp_path
             ResultStore.open(open_output(uri, tmp_path), GUARD)
         return str(raised.value)
 
-    assert refusal("s3://nowhere/out") == "s3://nowhere/out: there is no bucket 'nowhere'"
-    assert "names no bucket" in refusal("s3://")
+    assert refusal("s3://nowhere/out") == "s3://nowhere/out: bucket 'nowhere' does not exist"
+    assert "no bucket given" in refusal("s3://")
     assert "Unexpected query parameter" in refusal(f"s3://{BUCKET}/out?colour=red")
     store.fault = lambda asked: "denied" if asked.uploads else None
     assert refusal(URI).startswith(f"-o {URI}: cannot be written: When initiating")
@@ -363,9 +363,9 @@ def test_a_read_that_fails_is_tried_again(store: ObjectStore) -> None:
     store.put("out/a", b"here")
     found = Bucket(URI)
     assert found.files().keys() == {"a"}
-    refused: list[Asked] = []
+    refused: list[StoreRequest] = []
 
-    def fault(asked: Asked) -> str | None:
+    def fault(asked: StoreRequest) -> str | None:
         refused.append(asked)
         return "denied" if len(refused) < 3 else None
 
@@ -392,10 +392,10 @@ def test_an_upload_that_fails_leaves_nothing(store: ObjectStore, tmp_path: Path)
 def test_an_upload_that_is_interrupted_leaves_no_beginning_of_a_file(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "_PIECE", 6_000_000)
-    interrupted: list[Asked] = []
+    monkeypatch.setattr(bucket, "UPLOAD_CHUNK_BYTES", 6_000_000)
+    interrupted: list[StoreRequest] = []
 
-    def fault(asked: Asked) -> str | None:
+    def fault(asked: StoreRequest) -> str | None:
         if "partNumber=1&" in asked.path and not interrupted:
             interrupted.append(asked)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -411,7 +411,7 @@ async def test_secrets_of_the_address_are_never_written(store: ObjectStore, tmp_
     where = store.url.removeprefix("http://")
     uri = f"s3://THEKEY:HUSHHUSH@{BUCKET}/out?scheme=http&endpoint_override={where}"
     out = open_output(uri, tmp_path)
-    assert isinstance(out, Remote)
+    assert isinstance(out, RemoteStorage)
     assert str(out) == URI
     await fill(out, [sample(0)], complete=True)
     merge(out)
@@ -431,7 +431,7 @@ def test_where_the_working_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("BATCHVL_WORK", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     out = open_output(Path("s3://night/out"))
-    assert isinstance(out, Remote)
+    assert isinstance(out, RemoteStorage)
     assert out.path.parent == tmp_path / "batchvl"
     assert out.path.name.startswith("s3-night-out-")
     assert open_output("s3://night/out-").path.name != out.path.name  # type: ignore[union-attr]
@@ -448,4 +448,4 @@ async def test_the_working_folder_can_go_between_runs(store: ObjectStore, tmp_pa
     attempts = [msgspec.json.decode(store.read(f"out/{key}"), type=AttemptFile)
                 for key in store.names("out/") if "attempt-" in key]  # fmt: skip
     assert [attempt.metadata for attempt in attempts] == [{"engine": "fake"}] * 2
-    assert RunFile.read(machine(tmp_path)) == GUARD
+    assert machine(tmp_path).run_file() == GUARD

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ..faults.store import BUCKET, Asked, ObjectStore
+from ..faults.store import BUCKET, ObjectStore, StoreRequest
 from .running import (
     PATIENCE,
     alive,
@@ -151,9 +151,9 @@ def test_kill_9_on_one_machine_and_on_another(store, tmp_path):
 @pytest.mark.crash
 def test_a_kill_in_the_middle_of_an_upload_leaves_no_object(store, tmp_path):
     manifest, here = questions(tmp_path / "m.jsonl", 200), Machine(store, tmp_path / "here")
-    hanging: list[Asked] = []
+    hanging: list[StoreRequest] = []
 
-    def fault(asked: Asked) -> str | None:
+    def fault(asked: StoreRequest) -> str | None:
         if "/part-" in asked.path and "partNumber" in asked.path:
             hanging.append(asked)
             return "hang"
@@ -181,7 +181,7 @@ def test_a_store_that_goes_away_for_longer_than_pyarrow_waits(store, tmp_path):
     manifest, here = questions(tmp_path / "m.jsonl", 400), Machine(store, tmp_path / "here")
     began: list[float] = []
 
-    def fault(asked: Asked) -> str | None:
+    def fault(asked: StoreRequest) -> str | None:
         if "/part-" in asked.path and not began:
             began.append(time.monotonic())
         return "drop" if began and time.monotonic() - began[0] < 9 else None

@@ -1,4 +1,4 @@
-"""`batchvl validate`: what it tells of a manifest is what a run comes to, without a model and without a fetch."""
+"""`batchvl validate` reports the errors that a run would have, without a model and without fetching."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def validate(manifest, **options):
 
 
 def problems(report, level=None):
-    """Rows by code, as far as there are examples, which is to say up to three."""
+    """Return the example rows of each problem, up to three, by code."""
     chosen = [problem for problem in report.problems if level in (None, problem.level)]
     assert all(len(problem.examples) == min(problem.rows, 3) for problem in chosen)
     return {problem.code: [example.row for example in problem.examples] for problem in chosen}
@@ -43,46 +43,56 @@ def test_a_good_manifest(name, tmp_path):
     images = ["pictures/a.png", "https://example.org/b.png?token=1", "data:image/gif;base64,R0lGODlhAQABAAAAACw="]
     picture(tmp_path / images[0], 1)
     rows = [
-        {"id": f"r{n}", "prompt": "what is this?" + "?" * (n % 5), "image": f"{images[n % 3]}{'#' * (n % 3 == 1) * n}",
-         "site": "x"}
+        {
+            "id": f"r{n}",
+            "prompt": "what is this?" + "?" * (n % 5),
+            "image": images[n % 3] + "#" * (n % 3 == 1) * n,
+            "site": "x",
+        }
         for n in range(300)
-    ]  # fmt: skip
+    ]
     report = validate(write(tmp_path / name, rows))
 
     assert report.exit_code == 0
     assert (report.rows, report.failing, report.files, report.format) == (300, 0, 1, name.split(".")[1])
     assert (report.roles, report.ignored) == ({"id": "id", "prompt": "prompt", "image": "image"}, ("site",))
     assert (report.ids.type, report.ids.rows, report.ids.distinct) == ("string", 300, 300)
-    spread = report.prompts.characters
-    assert (spread.least, spread.median, spread.greatest) == (13, 15, 17)
-    assert report.pictures.kinds == {"file": 100, "http": 100, "data": 100}
-    assert (report.pictures.references, report.pictures.distinct) == (300, 102)
-    # Fifteen rows apart they ask the same of the same picture, but for the URLs, which differ.
+    characters = report.prompts.characters
+    assert (characters.least, characters.median, characters.greatest) == (13, 15, 17)
+    assert report.images.kinds == {"file": 100, "http": 100, "data": 100}
+    assert (report.images.references, report.images.distinct) == (300, 102)
+    # Every fifteenth row has the same prompt and image, except for the URLs, which differ.
     assert problems(report) == {"repeated_question": [15, 17, 18]}
     assert report.problems[0].rows == 200 - 10
-    assert "Every row can be asked" in str(report)
+    assert "Every row is valid" in str(report)
 
 
-def many_problems(folder):
-    """Rows of each kind that fails before a picture is opened, between good ones."""
-    folder.mkdir(exist_ok=True)
-    good = picture(folder / "good.png", 2).name
-    (folder / "empty.png").touch()
-    (folder / "large.png").write_bytes(bytes(5000))
-    (folder / "folder.png").mkdir()
-    (folder / "out.png").symlink_to("/etc/passwd")
-    (folder / "dangling.png").symlink_to("nowhere")
+def many_problems(directory):
+    """Return rows of each kind that fails before an image is opened, and a good one."""
+    directory.mkdir(exist_ok=True)
+    good = picture(directory / "good.png", 2).name
+    (directory / "empty.png").touch()
+    (directory / "large.png").write_bytes(bytes(5000))
+    (directory / "directory.png").mkdir()
+    (directory / "out.png").symlink_to("/etc/passwd")
+    (directory / "dangling.png").symlink_to("nowhere")
     large = "data:image/png;base64," + base64.b64encode(bytes(5000)).decode()
+    files = ["nowhere", "directory", "dangling", "out", "empty", "large"]
+    urls = ["127.0.0.1:9/a.png", "localhost/a.png", "169.254.169.254/latest/meta-data", "0x7f.1/", "a..b/a.png"]
+    urls += ["example.org:99999/a.png", "", "me:secret@10.0.0.1/a.png?sig=secret"]
     sources = [
-        "nowhere.png", "folder.png", "dangling.png", "/etc/passwd", "out.png", "../good.png/..", "empty.png",
-        "data:image/png;base64,", "large.png", large, "ftp://example.org/a.png", "s3://bucket/a.png",
-        "data:image/png;base64,!!!", "http://127.0.0.1:9/a.png", "http://localhost/a.png", "https://[::1]/a.png",
-        "http://169.254.169.254/latest/meta-data", "http://0x7f.1/", "http://example.org:99999/a.png", "http://",
-        "http://a..b/a.png", "http://me:secret@10.0.0.1/a.png?sig=secret", "file://elsewhere/a.png",
-    ]  # fmt: skip
+        *(f"{name}.png" for name in files),
+        *("/etc/passwd", "../good.png/.."),
+        *("data:image/png;base64,", large, "data:image/png;base64,!!!"),
+        *("ftp://example.org/a.png", "s3://bucket/a.png", "file://elsewhere/a.png"),
+        *(f"http://{url}" for url in urls),
+        "https://[::1]/a.png",
+    ]
     rows = [{"prompt": "what?", "images": [good, source], "generation": None} for source in sources]
     rows += [
-        {"prompt": None, "images": [good]}, {"prompt": "  ", "images": [good]}, {"prompt": "", "images": [good]},
+        {"prompt": None, "images": [good]},
+        {"prompt": "  ", "images": [good]},
+        {"prompt": "", "images": [good]},
         {"prompt": "<IMAGE_TOKEN> or <IMAGE_TOKEN>?", "images": [good]},
         {"prompt": "what?", "images": [good] * 5},
         {"prompt": "what?", "images": ["gone.png"] * 5},
@@ -90,20 +100,20 @@ def many_problems(folder):
         {"prompt": "what?", "images": [good], "generation": json.dumps({"warmth": 1})},
         {"prompt": "what?", "images": [good], "generation": "{"},
         {"prompt": "fine", "images": [good], "generation": None},
-    ]  # fmt: skip
+    ]
     return rows
 
 
 @pytest.mark.parametrize("name", ["m.parquet", "m.jsonl"])
-def test_each_row_that_would_fail_is_told_with_the_error_that_it_has_in_a_run(name, tmp_path):
-    folder = tmp_path / "in"
-    manifest = write(folder / name, [row | {"id": n} for n, row in enumerate(many_problems(folder))])
+def test_each_row_that_would_fail_is_reported_with_the_error_that_it_has_in_a_run(name, tmp_path):
+    directory = tmp_path / "in"
+    manifest = write(directory / name, [row | {"id": n} for n, row in enumerate(many_problems(directory))])
     if name == "m.jsonl":
         bad = [b'{"id": 100, "prompt": "a line that ends here', b'{"prompt": 5}', b'{"prompt": "x", "images": [3]}']
         write_bytes(manifest, manifest.read_bytes() + b"".join(line + b"\n" for line in bad))
     options = {"max_image_bytes": 4000, "max_images": 4, "fetch_retries": 0, "fetch_timeout": 2}
 
-    found = {(e.row, p.code): e for p in validate(manifest, **options).problems for e in p.examples}
+    reported = {(e.row, p.code): e for p in validate(manifest, **options).problems for e in p.examples}
     summary = run(manifest, **options)
 
     errors = {row["row"]: (row["error"], row["id"]) for row in answers(summary) if row["status"] == "failed"}
@@ -111,8 +121,8 @@ def test_each_row_that_would_fail_is_told_with_the_error_that_it_has_in_a_run(na
     assert report.failing == len(errors) == report.rows - 1
     assert {p.code: p.rows for p in report.problems if p.code != "missing_id"} == summary.failures
     assert report.exit_code == 3
-    assert len(found) > 25
-    for (row, code), example in found.items():
+    assert len(reported) > 25
+    for (row, code), example in reported.items():
         error, id = errors[row]
         assert (code, example.id) == (error["code"], id)
         assert example.found == " ".join(error["message"].split())
@@ -139,14 +149,13 @@ def test_ids(kind, name, tmp_path):
     assert problems(report, "warning") == {"missing_id": [2020]}
     assert (report.exit_code, report.failing) == (3, 0)
     assert [example.id for example in report.problems[0].examples] == [kind(2), kind(2044), kind(2)]
-    assert [example.found for example in report.problems[0].examples] == [
-        "the same as row 7", "the same as row 2049", "the same as row 2005"
-    ]  # fmt: skip
+    found = [example.found for example in report.problems[0].examples]
+    assert found == ["same id as row 7", "same id as row 2049", "same id as row 2005"]
     assert (report.ids.rows, report.ids.distinct) == (2999, 2996)
-    assert "but for the errors above" in str(report)
+    assert "except for the errors above" in str(report)
 
 
-def test_digests_that_are_the_same_by_chance_are_no_problem(tmp_path, monkeypatch):
+def test_digests_that_are_equal_by_chance_are_not_a_problem(tmp_path, monkeypatch):
     rows = [{"id": f"r{n % 90}", "prompt": f"q {n % 95}"} for n in range(100)]
     manifest = write(tmp_path / "m.jsonl", rows[:90])
     monkeypatch.setattr(survey, "hash", lambda value: 7, raising=False)
@@ -155,29 +164,36 @@ def test_digests_that_are_the_same_by_chance_are_no_problem(tmp_path, monkeypatc
     assert (report.ids.rows, report.ids.distinct) == (90, 90)
 
 
-def test_rows_that_ask_the_same(tmp_path):
+def test_rows_with_the_same_question(tmp_path):
     picture(tmp_path / "a.png", 1)
     picture(tmp_path / "b.png", 2)
     row = {"prompt": "what?", "images": ["a.png", "b.png"]}
-    rows = [
-        row, {**row, "images": ["b.png", "a.png"]}, {**row, "prompt": ["what?", "why?"]}, {**row, "images": ["a.png"]},
-        {**row, "generation": {"max_new_tokens": 5}}, {**row, "id": "another"}, {**row, "prompt": "<IMAGE_TOKEN>what?"},
-        {**row, "generation": {"temperature": 1}}, {**row, "generation": {"temperature": 1}},
-    ]  # fmt: skip
+    changes = [
+        {},
+        {"images": ["b.png", "a.png"]},
+        {"prompt": ["what?", "why?"]},
+        {"images": ["a.png"]},
+        {"generation": {"max_new_tokens": 5}},
+        {"id": "another"},
+        {"prompt": "<IMAGE_TOKEN>what?"},
+        {"generation": {"temperature": 1}},
+        {"generation": {"temperature": 1}},
+    ]
+    rows = [row | change for change in changes]
     report = validate(write(tmp_path / "m.jsonl", rows))
-    assert problems(report, "warning")["repeated_question"] == [5], "those that draw have seeds of their own"
+    assert problems(report, "warning")["repeated_question"] == [5], "rows that are sampled have different seeds"
     assert report.problems[-1].examples[0].id == "another"
 
 
-def test_rows_without_pictures_are_told_where_others_have_some(tmp_path):
+def test_rows_without_images_are_reported_if_others_have_some(tmp_path):
     picture(tmp_path / "a.png", 1)
     rows = [{"prompt": "what?", "image": "a.png"}, {"prompt": "who?", "image": None}]
-    assert problems(validate(write(tmp_path / "m.parquet", rows))) == {"no_picture": [1]}
+    assert problems(validate(write(tmp_path / "m.parquet", rows))) == {"no_image": [1]}
     assert problems(validate(write(tmp_path / "n.parquet", [{"prompt": "a"}, {"prompt": "b"}]))) == {}
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1, 16, 4096])
-def test_how_often_pictures_are_read_is_how_often_a_run_reads_them(look_ahead, web, tmp_path):  # noqa: F811
+def test_the_number_of_reads_is_that_of_a_run(look_ahead, web, tmp_path):  # noqa: F811
     address, asked, _ = web
     rows = [{"prompt": f"q {n}", "image": f"{address}/{number}.png"} for n, number in enumerate(spread(300))]
     manifest = write(tmp_path / "m.jsonl", rows)
@@ -188,8 +204,8 @@ def test_how_often_pictures_are_read_is_how_often_a_run_reads_them(look_ahead, w
 
     sharing = report.sharing
     assert (sharing.rows, sharing.sets, sharing.reads) == (300, 20, sum(asked.values()))
-    assert (sharing.shared, sharing.apart) == (300 - sharing.reads, sharing.reads - 20)
-    assert ("sort the manifest by picture" in str(report)) == (look_ahead < 4096)
+    assert (sharing.shared, sharing.repeated_reads) == (300 - sharing.reads, sharing.reads - 20)
+    assert ("sort the manifest by image" in str(report)) == (look_ahead < 4096)
 
 
 def test_a_probe_fetches_and_decodes(tmp_path):
@@ -198,26 +214,25 @@ def test_a_probe_fetches_and_decodes(tmp_path):
 
     async def probed(**options):
         async with FaultServer() as server:
-            server.pictures["cat"] = jpeg.read_bytes()
-            paths = [*(f"/picture/cat?n={n}" for n in range(20)), "/status/404", "/html", "/empty", "/loop"]
+            server.images["cat"] = jpeg.read_bytes()
+            paths = [*(f"/image/cat?n={n}" for n in range(20)), "/status/404", "/html", "/empty", "/loop"]
             sources = [*map(server.url, paths), "a.jpg", "large.png", "page.png"]
             rows = [{"id": n, "prompt": f"q {n}", "images": [source]} for n, source in enumerate(sources)]
-            manifest = write(tmp_path / "m.jsonl", [*rows, {"prompt": "no picture", "images": []}])
+            manifest = write(tmp_path / "m.jsonl", [*rows, {"prompt": "no image", "images": []}])
             report = await asyncio.to_thread(validate, manifest, fetch_retries=0, **options)
             return report, server.requests.total()
 
     report, requests = asyncio.run(probed(probe=100, **LOOPBACK))
     probe = report.probe
-    assert {problem.code: [example.row for example in problem.examples] for problem in probe.problems} == {
-        "http_status": [20], "not_an_image": [21, 26], "empty_image": [22], "too_many_redirects": [23]
-    }  # fmt: skip
-    assert (probe.rows, probe.failed, probe.pictures, probe.largest) == (27, 5, 22, (300, 200))
+    failed = {problem.code: [example.row for example in problem.examples] for problem in probe.problems}
+    assert failed == {"http_status": [20], "not_an_image": [21, 26], "empty_image": [22], "too_many_redirects": [23]}
+    assert (probe.rows, probe.failed, probe.images, probe.largest) == (27, 5, 22, (300, 200))
     assert (probe.pixels.least, probe.pixels.median, probe.pixels.greatest) == (1200, 1200, 60_000)
     assert probe.bytes.greatest in (jpeg.stat().st_size, large.stat().st_size)
     assert probe.seconds > 0
     assert probe.decode_seconds > 0
     assert (report.failing, report.exit_code) == (0, 3)
-    assert "22 good pictures" in str(report)
+    assert "22 good images" in str(report)
 
     report, requests = asyncio.run(probed(probe=8, **LOOPBACK))
     assert report.probe.rows == 8
@@ -234,11 +249,11 @@ def test_a_probe_is_the_same_for_the_same_seed(tmp_path):
         picture(tmp_path / f"{number}.png", number, (number + 1, 1))
     manifest = write(tmp_path / "m.parquet", [{"prompt": "?", "image": f"{number}.png"} for number in range(60)])
     first, again, other = (validate(manifest, probe=5, seed=seed).probe for seed in (1, 1, 2))
-    assert (first.rows, first.pictures) == (5, 5)
+    assert (first.rows, first.images) == (5, 5)
     assert first.pixels == again.pixels != other.pixels
 
 
-def test_no_secret_of_a_url_is_told(tmp_path):
+def test_secrets_in_urls_are_not_printed(tmp_path):
     secret = "http://me:hunter2@10.0.0.1/a.png?token=hunter2#hunter2"
     rows = [{"id": secret, "prompt": "what?", "image": secret}] * 2
     report = validate(write(tmp_path / "m.jsonl", rows))
@@ -247,7 +262,7 @@ def test_no_secret_of_a_url_is_told(tmp_path):
     assert "hunter2" not in str(report) + report.as_json()
 
 
-def test_a_manifest_that_ends_too_early_is_told_with_what_was_read(tmp_path):
+def test_a_truncated_manifest_is_reported_with_the_rows_before(tmp_path):
     noise = random.Random(0)
     rows = [{"id": n % 400, "prompt": noise.randbytes(300).hex()} for n in range(5000)]
     manifest = write(tmp_path / "m.jsonl.gz", rows)
@@ -263,18 +278,22 @@ def test_a_manifest_that_ends_too_early_is_told_with_what_was_read(tmp_path):
         validate(manifest)
 
 
-async def test_where_a_loop_is_running_already(tmp_path):
+async def test_in_a_running_event_loop(tmp_path):
     """As in a notebook."""
     assert validate(write(tmp_path / "m.jsonl", [{"prompt": "hi"}])).rows == 1
 
 
-def test_what_a_run_refuses_is_refused(tmp_path):
+def test_options_that_a_run_rejects_are_rejected(tmp_path):
     manifest = write(tmp_path / "m.jsonl", [{"prompt": "hi", "response": "ho"}])
     for options, words in (
-        ({"prompt": "{town}"}, "{town}"), ({"keep": ["response"]}, "--keep response"),
-        ({"image_root": "x"}, "no folder"), ({"allow_private": ["home"]}, "'home'"), ({"probe": -1}, "--probe"),
-        ({"prompt": " "}, "--prompt: is empty"), ({"velocity": 3}, "'velocity'"),
-    ):  # fmt: skip
+        ({"prompt": "{town}"}, "{town}"),
+        ({"keep": ["response"]}, "--keep response"),
+        ({"image_root": "x"}, "--image-root"),
+        ({"allow_private": ["home"]}, "'home'"),
+        ({"probe": -1}, "--probe"),
+        ({"prompt": " "}, "--prompt: is empty"),
+        ({"velocity": 3}, "'velocity'"),
+    ):
         with pytest.raises((OptionError, ManifestError), match=words.replace("{", r"\{")):
             validate(manifest, **options)
 
@@ -289,30 +308,30 @@ def test_a_shard_and_a_limit(tmp_path):
 def test_the_command(tmp_path):
     manifest = write(tmp_path / "m.jsonl", [{"id": n, "prompt": f"q {n}"} for n in range(30)])
     command = [sys.executable, "-m", "batchvl", "validate", str(manifest)]
-    told = shell(command)
-    assert told.returncode == 0, told.stderr
-    assert f"{manifest}: 30 rows in 1 JSONL file" in told.stdout
-    assert not told.stderr
+    result = shell(command)
+    assert result.returncode == 0, result.stderr
+    assert f"{manifest}: 30 rows in 1 JSONL file" in result.stdout
+    assert not result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
-    # A run's own command line, and its job file.
+    # With the command line of a run, and its job file.
     (tmp_path / "job.toml").write_text('model = "shapes"\nprompt = "{town}"\n')
-    told = shell([*command, "--config", str(tmp_path / "job.toml"), "-o", str(tmp_path / "out"), "--engine", "fake"])
-    assert (told.returncode, told.stdout) == (2, "")
-    assert "no column 'town'" in told.stderr
+    result = shell([*command, "--config", str(tmp_path / "job.toml"), "-o", str(tmp_path / "out"), "--engine", "fake"])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no column 'town'" in result.stderr
 
     write(manifest, [{"id": n % 29, "prompt": f"q {n}"} for n in range(30)])
-    told = shell([*command, "--json"])
-    found = json.loads(told.stdout)
-    assert (told.returncode, found["exit_code"], found["rows"]) == (3, 3, 30)
-    assert found["problems"][0]["examples"] == [{"row": 29, "id": 0, "found": "the same as row 0"}]
+    result = shell([*command, "--json"])
+    report = json.loads(result.stdout)
+    assert (result.returncode, report["exit_code"], report["rows"]) == (3, 3, 30)
+    assert report["problems"][0]["examples"] == [{"row": 29, "id": 0, "found": "same id as row 0"}]
 
 
 MEASURED = """
 import sys, batchvl
 report = batchvl.validate(sys.argv[1], quiet=True)
 assert report.rows == int(sys.argv[2]) and report.exit_code == 0, report
-# Of this program alone: getrusage counts what the process was before it, a copy of the one that runs the tests.
+# getrusage would count the process before exec, a copy of the one that runs the tests.
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) // 1024)
 """
@@ -321,8 +340,8 @@ print(int(status["VmHWM"].split()[0]) // 1024)
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_memory_does_not_grow_with_the_manifest(tmp_path):
-    """Ids, questions and pictures that are all different; the smaller manifest already takes more than one run of
-    digests, and every row of the larger one more than 100 bytes."""
+    """All ids, questions and images are different. The smaller manifest has more than one run of digests, and each row
+    more than 100 bytes."""
 
     def peak(rows):
         schema = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("image", pa.string())])
