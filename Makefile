@@ -97,7 +97,7 @@ crash: $(MAIN)/.installed  ## kill -9 in RUNS runs and at every call to the disk
 	$(MAIN)/bin/python -m pytest -m crash tests/crash --ignore tests/crash/test_kills.py --ignore tests/crash/test_seam.py $(ARGS)
 
 docs: $(DOCS)/.installed  ## the documentation as a site in build/site; a broken link is an error
-	$(DOCS)/bin/mkdocs build --quiet --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --site-dir build/site
 
 release: $(TOOLS)/.installed  ## wheel and source archive in dist/, checked and installed into fresh environments
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' .ci/release $(TOOLS)/bin/python
