@@ -1,6 +1,6 @@
 """A hook of mkdocs: pages of the site that are not in docs/, such as the README.
 
-In the repository, links lead from one file to another. On the site docs/ is the root, so links to it lose that directory.
+In the repository, links lead from file to file. On the site docs/ is the root, so links to it lose that directory.
 """
 
 from __future__ import annotations
