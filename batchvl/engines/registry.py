@@ -20,7 +20,7 @@ from ..config.options import RunOptions, default, flag
 from ..errors import EngineUnavailable, OptionError
 from ..hardware.gpus import visible_gpus
 from ..ipc.arena import ArenaView
-from ..prompts.sampling import sampling
+from ..prompts.sampling import run_sampling
 from .base import Engine, EngineSpec
 
 
@@ -184,7 +184,7 @@ def engine_spec(options: RunOptions) -> EngineSpec:
         batch_size=options.engine.batch_size,
         dtype=model.dtype,
         device=options.engine.device,
-        sampling=sampling(options.sampling),
+        sampling=run_sampling(options.sampling),
         options=dict(parse_key_value(option) for option in options.engine.engine_option),
         flags=asdict(getattr(options, engine.option_group)) if engine.option_group else {},
         hang_timeout=float(options.engine.hang_timeout),

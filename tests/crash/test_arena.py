@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 import batchvl
-from batchvl.engines.fake import SIDE
+from batchvl.engines.fake import THUMBNAIL_SIDE
 
 ROWS = 2_000
 EIGHT_BLOCKS = 2 * 8 * 64 * 1024  # of each of the two arenas, for encoded pictures and for tensors
 
 
 def digest(colour):
-    return hashlib.sha256(bytes(colour) * SIDE * SIDE).hexdigest()[:12]
+    return hashlib.sha256(bytes(colour) * THUMBNAIL_SIDE * THUMBNAIL_SIDE).hexdigest()[:12]
 
 
 def children(name):
