@@ -82,7 +82,9 @@ class ImagePipeline:
 
     async def __aenter__(self) -> ImagePipeline:
         async with AsyncExitStack() as stack:
-            encoded, self.tensors = self._open_arenas(stack)
+            # A quarter for files: the pixels of thirteen tiles are 16 MB, the file is about a hundredth of that.
+            encoded = self._open_arena(stack, self._arena_bytes // 4)
+            self.tensors = self._open_arena(stack, self._arena_bytes * 3 // 4)
             limits = WorkerLimits(self._image, self._fetch.max_image_bytes, tuple(map(str, self._roots)))
             workers = ImageWorkers(
                 self.worker_count, limits, encoded, self.tensors, self._open_log(stack), preload=self._preload
@@ -148,17 +150,15 @@ class ImagePipeline:
         if group.extent is not None:
             self.tensors.release(group.extent)
 
-    def _open_arenas(self, stack: AsyncExitStack) -> tuple[Arena, Arena]:
-        """Return the arenas of encoded images and of tensors, which the stack closes."""
-        size = self._arena_bytes
+    def _open_arena(self, stack: AsyncExitStack, size: int) -> Arena:
         try:
-            # A quarter for files: the pixels of thirteen tiles are 16 MB, the file is about a hundredth of that.
-            encoded, tensors = (Arena(max(1, share // BLOCK), BLOCK) for share in (size // 4, size * 3 // 4))
+            arena = Arena(max(1, size // BLOCK), BLOCK)
         except OSError as error:
-            raise OptionError(f"--arena-bytes: cannot allocate {size} of shared memory: {error.strerror}") from None
-        stack.callback(encoded.close)
-        stack.callback(tensors.close)
-        return encoded, tensors
+            raise OptionError(
+                f"--arena-bytes: cannot allocate {self._arena_bytes} of shared memory: {error.strerror}"
+            ) from None
+        stack.callback(arena.close)
+        return arena
 
     def _open_log(self, stack: AsyncExitStack) -> IO[bytes]:
         if self._log is None:

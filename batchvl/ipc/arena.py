@@ -86,8 +86,12 @@ class Arena(ArenaView):
                 f"{blocks} blocks of {block_bytes} bytes: expected at least one block, of a multiple of {PAGE} bytes"
             )
         fd = os.memfd_create("batchvl-arena", os.MFD_CLOEXEC)
-        os.ftruncate(fd, blocks * block_bytes)
-        super().__init__(fd, blocks * block_bytes)
+        try:
+            os.ftruncate(fd, blocks * block_bytes)
+            super().__init__(fd, blocks * block_bytes)
+        except OSError:
+            os.close(fd)
+            raise
         self.blocks, self.block_bytes = blocks, block_bytes
         self._free: list[tuple[int, int]] = [(0, blocks)]  # (first block, count), sorted, never adjacent
         self._allocated: dict[int, int] = {}  # first block -> count
