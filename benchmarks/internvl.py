@@ -1,13 +1,13 @@
-"""Writes an InternVL checkpoint of a real size with random weights: for speed and memory, not for answers.
+"""Write an InternVL checkpoint of a real size with random weights, for measurements of speed and memory.
 
     python benchmarks/internvl.py 2b /tmp/internvl-2b --max-tiles 12
     python benchmarks/internvl.py 8b /tmp/internvl-8b-fp8 --fp8
 
-The folder is one of InternVLForConditionalGeneration, which LMDeploy's engines and transformers load without network.
-Sizes are those of InternVL3-2B and -8B: InternViT-300M and Qwen2.5-1.5B or -7B; tiny is for trying things out.
+The checkpoint is an InternVLForConditionalGeneration, which LMDeploy's engines and transformers load without network.
+Sizes are those of InternVL3-2B and -8B: InternViT-300M and Qwen2.5-1.5B or -7B; "tiny" is for tests.
 
-It says words until it may not go on: an answer has exactly max_new_tokens tokens, with every engine and whatever ends
-answers by its configuration. See `never_end`.
+Its answers have exactly max_new_tokens tokens, with every engine and whichever end tokens are configured. See
+`suppress_end_tokens`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from transformers.models.internvl.configuration_internvl import InternVLVisionCo
 VOCABULARY = 151_680
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 WORDS = VOCABULARY - len(SPECIAL) - 64
-"""Tokens that stand for text, the first of all. The last 64 stand for nothing, as in Qwen's vocabulary."""
+"""Number of tokens that stand for text; they come first. The last 64 tokens are unused, as in Qwen's vocabulary."""
 TILE = 448
-TOKENS_A_TILE = 256
+TOKENS_PER_TILE = 256
 BLOCK = 128
+"""Side of a quantised matrix's blocks."""
 
 
 def _layers(hidden: int, count: int, heads: int, intermediate: int, **more: int) -> dict[str, int]:
@@ -49,12 +50,12 @@ def _layers(hidden: int, count: int, heads: int, intermediate: int, **more: int)
 
 _VISION = _layers(1024, 24, 16, 4096)
 SIZES = {
-    # Heads of 64 numbers, also here: TurboMind has kernels for those.
+    # Head dimension 64 here as well: TurboMind has kernels for it.
     "tiny": (_layers(128, 2, 2, 256), _layers(128, 2, 2, 256, num_key_value_heads=2)),
     "2b": (_VISION, _layers(1536, 28, 12, 8960, num_key_value_heads=2)),
     "8b": (_VISION, _layers(3584, 28, 28, 18944, num_key_value_heads=4)),
 }
-"""The vision half's and the language half's layers."""
+"""Layers of the vision half and of the language half."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<IMG_CONTEXT>\n"
@@ -85,45 +86,57 @@ class ChatConfig(PretrainedConfig):
 """
 
 
-def make(size: str, folder: Path, max_tiles: int = 12, fp8: bool = False) -> Path:
-    """Writes the checkpoint, on the GPU if there is one. The folder is there once it is complete, and not before.
+def make(size: str, directory: Path, max_tiles: int = 12, fp8: bool = False) -> Path:
+    """Write the checkpoint, computed on the GPU if there is one, and return its directory.
 
-    max_tiles: of a picture, besides its thumbnail; 1 makes no tiles at all. fp8: the language half's matrices in
-    8 bits.
+    The directory appears when it is complete.
+
+    Args:
+        size: A key of SIZES.
+        directory: The checkpoint's directory.
+        max_tiles: Limit of tiles per image, not counting the thumbnail; 1 turns tiling off.
+        fp8: Whether to quantise the matrices of the language half to 8 bits.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tokenizer = _tokenizer()
-    before = torch.get_default_dtype()
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = InternVLForConditionalGeneration(_config(size, tokenizer))
     finally:
-        torch.set_default_dtype(before)
-    never_end(model)
-    model.save_pretrained(partial, max_shard_size="100GB")  # one file, which is then all that there is to quantise
+        torch.set_default_dtype(default_dtype)
+    suppress_end_tokens(model)
+    model.save_pretrained(partial, max_shard_size="100GB")  # one file, which `_quantize` expects
     if fp8:
         _quantize(partial)
     square = {"height": TILE, "width": TILE}
     images = GotOcr2ImageProcessor(
-        size=square, crop_to_patches=max_tiles > 1, min_patches=1, max_patches=max_tiles,
-        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
-    )  # fmt: skip
+        size=square,
+        crop_to_patches=max_tiles > 1,
+        min_patches=1,
+        max_patches=max_tiles,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
     video = InternVLVideoProcessor(size=square)
-    processor = InternVLProcessor(images, tokenizer, video, image_seq_length=TOKENS_A_TILE, chat_template=CHAT_TEMPLATE)
+    processor = InternVLProcessor(
+        images, tokenizer, video, image_seq_length=TOKENS_PER_TILE, chat_template=CHAT_TEMPLATE
+    )
     processor.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    return partial.rename(folder)
+    return partial.rename(directory)
 
 
-def configure_chat(folder: Path, vision: dict[str, Any], language: dict[str, Any], **more: Any) -> None:
-    """Writes the configuration of an InternVLChatModel, the form of InternVL-Chat-V1-5 to 3.5, which brings Python code
-    of its own: tiles as large as vision's image_size, at most 12 and a thumbnail.
+def configure_chat(directory: Path, vision: dict[str, Any], language: dict[str, Any], **more: Any) -> None:
+    """Write the configuration of an InternVLChatModel, the form of InternVL-Chat-V1-5 to 3.5 with its own Python code.
+
+    Images are cut into at most 12 tiles of vision's image_size and a thumbnail.
     """
-    (folder / "configuration_internvl_chat.py").write_text(CHAT_CONFIGURATION.lstrip())
+    (directory / "configuration_internvl_chat.py").write_text(CHAT_CONFIGURATION.lstrip())
     config = {
         "model_type": "internvl_chat",
         "architectures": ["InternVLChatModel"],
@@ -143,73 +156,93 @@ def configure_chat(folder: Path, vision: dict[str, Any], language: dict[str, Any
         "template": "internvl2_5",
         **more,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config))
 
 
-def never_end(model: Any) -> None:
-    """Has the model say words only, greedily: the logits of all other tokens are 0, and the largest of 150,000 random
-    ones is above that. So nothing that an engine takes for an answer's end is ever said.
+def suppress_end_tokens(model: Any) -> None:
+    """Let the model generate only text tokens in greedy decoding, so that no engine sees the end of an answer.
+
+    The logits of all other tokens become 0, which is less than the largest of 150,000 random logits.
     """
     with torch.no_grad():
         model.get_output_embeddings().weight[WORDS:] = 0
 
 
-def _quantize(folder: Path) -> None:
-    """The language half's matrices as FP8 numbers (E4M3) with a scale for each block of 128 x 128: the form of
-    DeepSeek-V3's checkpoints, and of the -FP8 ones of Qwen3.
+def _quantize(directory: Path) -> None:
+    """Quantise the matrices of the language half to FP8 (E4M3) with a scale per block of 128 x 128.
+
+    This is the format of DeepSeek-V3's checkpoints and of Qwen3's -FP8 checkpoints.
     """
-    file = folder / "model.safetensors"
+    file = directory / "model.safetensors"
     tensors = load_file(file)
     for name in [name for name in tensors if re.search(r"^language_model\..*\.layers\..*_proj\.weight$", name)]:
-        tensors[name], tensors[name + "_scale_inv"] = _in_blocks(tensors[name])
+        tensors[name], tensors[name + "_scale_inv"] = _quantize_blocks(tensors[name])
     save_file(tensors, file, {"format": "pt"})
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text())
     config["text_config"]["quantization_config"] = config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config))
 
 
-def _in_blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix (outputs x inputs, both divisible by BLOCK) in FP8, and the scales of its blocks."""
+def _quantize_blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix (outputs x inputs, both divisible by BLOCK) in FP8 and the scales of its blocks."""
     rows, columns = matrix.shape
     blocks = matrix.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
     scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
-    small = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-    return small.reshape(rows, columns), scales
+    quantised = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    return quantised.reshape(rows, columns), scales
 
 
 def _config(size: str, tokenizer: Any) -> InternVLConfig:
     vision, text = SIZES[size]
     return InternVLConfig(
         vision_config=InternVLVisionConfig(
-            **vision, image_size=[TILE, TILE], patch_size=[14, 14], attention_bias=True, use_qk_norm=False,
-            norm_type="layer_norm", layer_scale_init_value=0.1, architectures=["InternVLVisionModel"],
+            **vision,
+            image_size=[TILE, TILE],
+            patch_size=[14, 14],
+            attention_bias=True,
+            use_qk_norm=False,
+            norm_type="layer_norm",
+            layer_scale_init_value=0.1,
+            architectures=["InternVLVisionModel"],
         ),
         text_config=Qwen2Config(
-            **text, vocab_size=VOCABULARY, max_position_embeddings=32768, tie_word_embeddings=False, bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            **text,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             architectures=["Qwen2ForCausalLM"],
         ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), downsample_ratio=0.5,
-        image_seq_length=TOKENS_A_TILE, tie_word_embeddings=False, dtype="bfloat16",
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        downsample_ratio=0.5,
+        image_seq_length=TOKENS_PER_TILE,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
         architectures=["InternVLForConditionalGeneration"],
-    )  # fmt: skip
+    )
 
 
 def _tokenizer() -> Any:
-    """One token per byte, and placeholder words up to the vocabulary of Qwen."""
+    """Return a tokenizer with one token per byte and placeholder words up to the size of Qwen's vocabulary."""
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     words += [f"\u0120w{number}" for number in range(WORDS - len(words))]
     core = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
         extra_special_tokens={
-            "start_image_token": "<img>", "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
         },
-    )  # fmt: skip
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -217,8 +250,8 @@ def _tokenizer() -> Any:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("size", choices=SIZES)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--max-tiles", type=int, default=12, help="of a picture; 1 turns tiling off")
-    parser.add_argument("--fp8", action="store_true", help="the language half's matrices in 8 bits")
-    told = parser.parse_args()
-    make(told.size, told.folder, told.max_tiles, told.fp8)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--max-tiles", type=int, default=12, help="limit of tiles per image; 1 turns tiling off")
+    parser.add_argument("--fp8", action="store_true", help="quantise the matrices of the language half to 8 bits")
+    args = parser.parse_args()
+    make(args.size, args.directory, args.max_tiles, args.fp8)
