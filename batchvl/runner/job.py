@@ -28,11 +28,10 @@ from ..images.files import check_roots
 from ..images.pipeline import ImagePipeline
 from ..ipc.spawn import ParentPipe
 from ..manifest import Manifest
-from ..prompts.template import Prompter
+from ..prompts.prompter import Prompter
 from ..results import Counts, ResultStore, RetrySelection, RunFile, merge
 from ..results.location import default_output, open_output
 from ..results.lock import HEARTBEAT_SECONDS
-from ..results.shard import ShardDirectory
 from ..serving.pool import ReplicaPool
 from ..storage.disk import Disk
 from ..types import Row
@@ -80,7 +79,7 @@ class Job:
         self.options = options = replace(options, engine=replace(options.engine, engine=engine))
         self.source, self.quiet, self.retry, self.shard = source, quiet, retry, options.manifest.shard
         self.out, self._disk = open_output(options.output.output or default_output(source), options.output.work), disk
-        self.folder = self.out if isinstance(self.out, Path) else self.out.path
+        self.folder = self.out.path
         self.spec = engine_spec(options)
         self.places = assign_gpus(options, ENGINE_TYPES[engine].gpus_per_replica(options))
         for name in ("accept_failures", "max_failures"):
@@ -214,7 +213,7 @@ class Job:
                 describing.cancel()
                 await asyncio.gather(describing, return_exceptions=True)  # what it raised, the rows were told as well
                 self._engine_seconds, self._gpu_wait = engine.seconds, engine.wait_share
-                self._engine_deaths, self._engine_restarts = engine.deaths, engine.restarts
+                self._engine_deaths, self._engine_restarts = engine.deaths, engine.recycled
                 self.progress.spent("engine", engine.row_seconds)
         if runner.stopped is not None:
             raise runner.stopped
@@ -268,7 +267,7 @@ class Job:
         self._total = limit if self.manifest.total is None and limit is not None else self.manifest.total
 
     def _roots(self) -> list[Path]:
-        return [self.manifest.folder, *map(Path, self.options.fetch.image_root)]
+        return [self.manifest.directory, *map(Path, self.options.fetch.image_root)]
 
     def _expected(self) -> int | None:
         """The shard's rows, as well as that is known; of a retry, those that were asked before."""
@@ -360,13 +359,12 @@ class Job:
         elif summary.failed > parse_failure_limit(accepted, summary.rows):
             summary.exit_code = 3
             summary.message = f"more rows failed than --accept-failures {accepted}"
-        folder = self.folder if self.shard.count == 1 else ShardDirectory.of(self.out, self.shard).path
+        folder = self.folder if self.shard.count == 1 else self.out.shard(self.shard).path
         file = folder / "summary.json"
         if self.progress.committed.rows or not summary.is_told(file):  # else it tells of the run that did the work
             try:
                 summary.write(file)
-                if not isinstance(self.out, Path):
-                    await asyncio.to_thread(self.out.upload, file, str(file.relative_to(self.folder)))
+                await asyncio.to_thread(self.out.upload, file, str(file.relative_to(self.folder)))
             except OSError as failed:
                 logger.info(f"{failed.filename or file}: cannot be written: {failed.strerror}")
         return summary

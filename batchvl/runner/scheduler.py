@@ -60,7 +60,7 @@ class Scheduler:
             while not self._exhausted and self.stopped is None:
                 self._exhausted = await self._phase(groups)
                 while group := self._suspects.next_group():
-                    with self._engine.alone():
+                    with self._engine.single_replica():
                         await self._phase(_each(group))
         finally:
             watch.cancel()
@@ -79,7 +79,7 @@ class Scheduler:
             for number, task in self._tasks.items():
                 if not self._engine.holds(number):
                     task.cancel()
-        return self._engine.held
+        return self._engine.in_flight
 
     async def _phase(self, groups: AsyncIterator[list[Row]]) -> bool:
         """Rows until they end, which is True, or there are too many suspects; all have come out on return."""
@@ -99,7 +99,7 @@ class Scheduler:
         for culprit in culprits:
             self._condemn(culprit)
         if progress:
-            self._engine.halved()
+            self._engine.note_progress()
         return not self._intake.cancelled() and self._intake.result()
 
     async def _take_in(self, groups: AsyncIterator[list[Row]], tasks: asyncio.TaskGroup) -> bool:

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Supervision of engine processes: start, feed, watch, restart and stop them."""

@@ -1,4 +1,4 @@
-"""What hands an engine's process its rows in lists, and sees to it that they come back."""
+"""The runner's side of one replica's engine: it sends batches to the current process and tracks each row."""
 
 from __future__ import annotations
 
@@ -18,131 +18,130 @@ from .utilization import UtilizationMeter
 
 logger = logging.getLogger(__name__)
 
+STACKS_SECONDS = 0.5
+"""Seconds that a hung process gets to write its stacks before it is killed."""
+
 
 class EngineClient:
-    """Feeds one process at a time: the one that is given to `open`, until `close` or `drain`.
+    """Sends rows to one process at a time: the one passed to `open`, until `drain` or `close`.
 
-    name: who is fed, for people. `changed` is called when there may be room for rows, with how many were answered.
+    Args:
+        name: The engine's name in log messages.
+        options: Its time limits.
+        on_change: Called when the engine may have capacity, with the number of rows that it has just answered.
     """
 
-    def __init__(self, name: str, options: EngineOptions, changed: Callable[[int], None]) -> None:
-        self._name, self._options, self._changed = name, options, changed
+    def __init__(self, name: str, options: EngineOptions, on_change: Callable[[int], None]) -> None:
+        self._name, self._options, self._on_change = name, options, on_change
         self._process: EngineProcess | None = None
-        self._info: EngineInfo | None = None
-        self._drained: Callable[[], None] | None = None
-        self._progress = time.monotonic()
-        self.rows = InFlight(options.row_timeout)
-        self.singly = False
-        """Whether to hand over one row at a time, until one is answered."""
+        self._max_batch = self._max_rows = 0
+        self._drained: asyncio.Event | None = None
+        self._progress_at = time.monotonic()
+        self.in_flight = InFlight(options.row_timeout)
         self.answers = 0
-        self.uptime = UtilizationMeter()
+        """Rows answered, over all processes."""
+        self.canary = False
+        """Whether to send a single row at a time. Set after an exit without any answer: one row alone shows whether
+        the engine or a row is to blame. Cleared by an answer."""
+        self.utilization = UtilizationMeter()
         self.idle_since: float | None = None
-        """When the engine ran out of rows, on the monotonic clock; None while it has some."""
+        """When the engine ran out of rows, on the monotonic clock; None while it has some or is not up."""
 
     @property
-    def is_open(self) -> bool:
-        """Whether there is a process that is up and not to be replaced."""
-        return self._process is not None and self._drained is None
+    def batch_size(self) -> int:
+        """Rows of a full batch."""
+        return 1 if self.canary else min(self._max_batch, self._max_rows)
 
-    @property
-    def tries_one(self) -> bool:
-        """Whether it is open which is to blame for a death, the engine or a row: one row, on its own, tells."""
-        return self.singly and not self.answers
-
-    @property
-    def list_size(self) -> int:
-        """Rows of a full list."""
-        assert self._info is not None
-        return 1 if self.tries_one else min(self._info.batch_size, self._info.rows)
-
-    def has_room(self, waiting: int) -> bool:
-        """Whether the process may be handed a list of so many rows that wait."""
-        if self._process is None or self._info is None or self._drained is not None or self._process.gone:
+    def has_capacity(self, pending: int) -> bool:
+        """Return whether the engine can take a batch, given the number of rows that are pending."""
+        if self._process is None or self._drained is not None or self._process.gone:
             return False
-        most = 1 if self.tries_one else self._info.rows
-        return len(self.rows.held) + min(self.list_size, waiting) <= most
+        limit = 1 if self.canary else self._max_rows
+        return len(self.in_flight) + min(self.batch_size, pending) <= limit
 
     def open(self, process: EngineProcess, info: EngineInfo) -> None:
-        """The process is up: it gets rows from now on."""
-        self._process, self._info = process, info
-        self.idle_since = self._progress = time.monotonic()
-        self.uptime.up(self._progress)
-        self._changed(0)
+        """Send rows to this process, which is up, from now on."""
+        self._process, self._max_batch, self._max_rows = process, info.batch_size, info.rows
+        self.idle_since = self._progress_at = time.monotonic()
+        self.utilization.on_up(self._progress_at)
+        self._on_change(0)
 
-    def drain(self, then: Callable[[], None]) -> None:
-        """The process gets no more rows; `then` is called once it has answered those that it holds."""
-        self._drained = then
-        self._leave_drained()
+    async def drain(self) -> None:
+        """Send no more rows to the process. Return once it has answered those in flight."""
+        self._drained = asyncio.Event()
+        self._check_drained()
+        await self._drained.wait()
 
     def close(self) -> None:
-        """The process is gone."""
+        """Note that the process has exited. Its rows stay in flight, for the caller to fail."""
         self._process = self._drained = self.idle_since = None
-        self.uptime.down(time.monotonic())
+        self.utilization.on_down(time.monotonic())
 
-    def send(self, rows: Sequence[Pending], now: float) -> None:
-        """Hands over a list."""
-        assert self._process is not None
+    def send(self, batch: Sequence[Pending], now: float) -> None:
+        """Send a batch. Requires `has_capacity`."""
+        if self._process is None:
+            raise RuntimeError(f"{self._name} is not up")
         if self.idle_since is not None:
-            self.idle_since, self._progress = None, now
-        self.rows.hold(rows, now)
-        self._process.infer([request for request, _ in rows])
+            self.idle_since, self._progress_at = None, now
+        self.in_flight.add(batch, now)
+        self._process.infer([request for request, _ in batch])
 
-    def answered(self, responses: list[Response]) -> None:
-        """Rows are back."""
+    def on_answers(self, responses: list[Response]) -> None:
+        """Handle responses of the process."""
         self.answers += len(responses)
-        self._progress = time.monotonic()
+        self.canary = False
+        self._progress_at = time.monotonic()
         for response in responses:
-            self.rows.answered(response, self._progress)
-        if not self.rows.held:
-            self.idle_since = self._progress
-        self._leave_drained()
-        self._changed(len(responses))
+            self.in_flight.complete(response, self._progress_at)
+        if not self.in_flight:
+            self.idle_since = self._progress_at
+        self._check_drained()
+        self._on_change(len(responses))
 
-    def alive(self, told: Alive) -> None:
-        """The engine makes progress, or has waited for rows."""
-        if told.progress:
-            self._progress = time.monotonic()
-        self.uptime.waited(told.wait_seconds, for_rows=self._drained is None)
+    def on_alive(self, message: Alive) -> None:
+        """Handle a heartbeat of the process."""
+        if message.progress:
+            self._progress_at = time.monotonic()
+        self.utilization.on_wait(message.wait_seconds, for_rows=self._drained is None)
 
-    async def let_go(self, row: int) -> None:
-        """Has the engine end a row that it holds and nobody waits for, and returns when it has."""
-        held = self.rows.held[row]
-        held.answer = asyncio.get_running_loop().create_future()
+    async def abandon(self, row: int) -> None:
+        """Abort a row that nothing waits for any more. Return once the engine no longer reads its tensors."""
+        entry = self.in_flight[row]
+        entry.answer = asyncio.get_running_loop().create_future()
         self._abort(row)
-        await asyncio.wait([held.answer])
-        held.answer.exception()  # a death then is nobody's news
+        await asyncio.wait([entry.answer])
+        entry.answer.exception()  # mark it as retrieved: nothing else reports an exit here
 
-    async def watch(self, log: Path) -> None:
-        """Aborts rows past their deadline and ends a process that makes no progress, for as long as it is awaited."""
+    async def enforce_timeouts(self, process: EngineProcess, log: Path) -> None:
+        """Abort overdue rows, and kill the process if it makes no progress. Return once it has exited."""
         hang = self._options.hang_timeout
         while True:
             await asyncio.sleep(min(1.0, hang / 4, self._options.row_timeout / 4))
+            if process.gone:
+                return
             now = time.monotonic()
-            for number, row in self.rows.overdue(now):
-                if self._process is None or self._process.gone:
-                    break
+            for number, row in self.in_flight.overdue(now):
                 if row.timed_out:
-                    self._process.kill("it did not let go of a row that it was told to abort")
-                    break
+                    process.kill("it did not abort a row that had timed out")
+                    return
                 row.timed_out, row.deadline = True, now + hang
                 self._abort(number)
-            hung = self._process
-            if self.rows.held and now - self._progress > hang and hung is not None and not hung.gone:
-                self._progress = now
-                hung.dump_stacks()
+            if self.in_flight and now - self._progress_at > hang:
+                process.dump_stacks()
                 logger.warning(
-                    f"{self._name} hangs: no progress for {hang:g} s (--hang-timeout); where it stands is in {log}"
+                    f"{self._name} hangs: no progress for {hang:g} s (--hang-timeout); its threads' stacks are in {log}"
                 )
-                await asyncio.sleep(0.5)  # in which another may take its place
-                hung.kill(f"it made no progress for {hang:g} s (--hang-timeout)", "was ended, having hung,")
+                await asyncio.sleep(STACKS_SECONDS)
+                process.kill(f"it made no progress for {hang:g} s (--hang-timeout)", "was killed because it hung,")
+                return
 
     def _abort(self, row: int) -> None:
-        held = self.rows.held[row]
-        if not held.aborted and self._process is not None:
-            held.aborted = True
+        entry = self.in_flight[row]
+        if not entry.aborted and self._process is not None:
+            entry.aborted = True
             self._process.abort(row)
 
-    def _leave_drained(self) -> None:
-        if self._drained is not None and not self.rows.held:
-            self.idle_since = None  # it is not rows that are missing
-            self._drained()
+    def _check_drained(self) -> None:
+        if self._drained is not None and not self.in_flight:
+            self.idle_since = None  # it is not short of rows
+            self._drained.set()

@@ -1,4 +1,4 @@
-"""The rows that wait for an engine, and which of several replicas is handed which of them."""
+"""The queue of rows that wait for an engine, and the choice of a replica for each batch."""
 
 from __future__ import annotations
 
@@ -11,77 +11,76 @@ from .client import EngineClient
 from .in_flight import Pending
 
 LINGER_SECONDS = 0.005
-"""How long an incomplete list waits for more rows while an engine has room."""
+"""Seconds for which an incomplete batch waits for more rows while an engine has capacity."""
 
 
 class Dispatcher:
-    """All replicas' rows, in one line: each list goes to the replica that holds the fewest rows and has room for it.
-
-    `feeds` are the replicas' own. `only` is one of them while no other is to be handed rows.
-    """
+    """One queue for all replicas: each batch goes to the replica with the fewest rows in flight and capacity for it."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Pending] = deque()
-        self._lingering: asyncio.TimerHandle | None = None
-        self.feeds: list[EngineClient] = []
+        self._pending: deque[Pending] = deque()
+        self._linger: asyncio.TimerHandle | None = None
+        self.clients: list[EngineClient] = []
         self.only: EngineClient | None = None
+        """If set, the single client that receives rows."""
         self.answers = 0
-        """How many rows any of them has answered."""
+        """Rows answered by all replicas."""
 
-    def add(self, request: Request) -> asyncio.Future[Response]:
-        """A row that waits from now on, and its answer."""
+    def submit(self, request: Request) -> asyncio.Future[Response]:
+        """Queue a request and return the future of its response."""
         answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, answer))
-        self._pump()
+        self._pending.append(Pending(request, answer))
+        self._dispatch()
         return answer
 
-    def changed(self, answers: int = 0) -> None:
-        """An engine may have room that had none, perhaps since it has answered so many rows."""
+    def on_change(self, answers: int = 0) -> None:
+        """Dispatch rows after an engine may have gained capacity, perhaps by answering some."""
         if answers:
             self.answers += answers
             now = time.monotonic()
-            for feed in self.feeds:
-                feed.uptime.answered(now)
-        self._pump()
+            for client in self.clients:
+                client.utilization.on_answers(now)
+        self._dispatch()
 
-    def release(self, error: Exception) -> None:
-        """No engine will come: this is what the rows that wait are told."""
-        waiting, self._waiting = self._waiting, deque()
-        for _, answer in waiting:
+    def fail(self, error: Exception) -> None:
+        """Raise an error in the futures of all rows that are pending: no engine will answer them."""
+        pending, self._pending = self._pending, deque()
+        for _, answer in pending:
             if not answer.done():
                 answer.set_exception(error)
 
-    def _pump(self, lingered: bool = False) -> None:
-        """Hands over lists while there is room for them; an incomplete one only after a moment's wait for more.
+    def _dispatch(self, lingered: bool = False) -> None:
+        """Send batches while a replica has capacity; an incomplete batch only after it has waited for more rows.
 
-        What counts is rows, not lists: of a list whose rows are answered but one, only that one takes up room.
+        Capacity counts rows, not batches: a batch with one unanswered row takes up the capacity of that row only.
         """
-        while self._waiting:
-            feeds = [self.only] if self.only is not None else self.feeds
-            free = [feed for feed in feeds if feed.has_room(len(self._waiting))]
+        while self._pending:
+            clients = [self.only] if self.only is not None else self.clients
+            free = [client for client in clients if client.has_capacity(len(self._pending))]
             if not free:
                 return
-            feed = min(free, key=lambda feed: len(feed.rows.held))
-            if len(self._waiting) < feed.list_size and not lingered:
-                if self._lingering is None:
-                    self._lingering = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._pump_lingered)
+            client = min(free, key=lambda client: len(client.in_flight))
+            if len(self._pending) < client.batch_size and not lingered:
+                if self._linger is None:
+                    self._linger = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._end_linger)
                 return
-            if feed.tries_one:
-                self._waiting.rotate(len(self._waiting) // 2)  # one of their middle: the first are who is suspected
-            self._hand(feed)
+            if client.canary:
+                self._pending.rotate(len(self._pending) // 2)  # take one from the middle: the first are suspects
+            self._send_batch(client)
 
-    def _pump_lingered(self) -> None:
-        self._lingering = None
-        self._pump(lingered=True)
+    def _end_linger(self) -> None:
+        self._linger = None
+        self._dispatch(lingered=True)
 
-    def _hand(self, feed: EngineClient) -> None:
-        rows: list[Pending] = []
-        while self._waiting and len(rows) < feed.list_size:
-            row = self._waiting.popleft()
-            if not row[1].done():  # else nobody waits for it
-                rows.append(row)
-        if rows:
+    def _send_batch(self, client: EngineClient) -> None:
+        batch: list[Pending] = []
+        size = client.batch_size
+        while self._pending and len(batch) < size:
+            row = self._pending.popleft()
+            if not row.answer.done():  # else the row was cancelled
+                batch.append(row)
+        if batch:
             now = time.monotonic()
-            for each in self.feeds:
-                each.uptime.listed(now)
-            feed.send(rows, now)
+            for each in self.clients:
+                each.utilization.on_batch(now)
+            client.send(batch, now)

@@ -1,7 +1,7 @@
-"""An engine's process: one engine, fed from a socket, doing nothing else.
+"""The main module of an engine's process, which runs one engine and does nothing else.
 
-Started by `EngineProcess` as `python -m batchvl.serving.engine_main SOCKET LIFELINE PARENT` (two descriptors and the
-runner's process id). It leads a group of processes, over which a guardian watches.
+`EngineProcess` starts it as `python -m batchvl.serving.engine_main SOCKET PARENT_PIPE PARENT`: two file descriptors and
+the runner's process id. The process leads a process group, which a watchdog ends together with it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from ..ipc.channel import AsyncConnection
 from ..ipc.spawn import die_with_parent
 from ..ipc.watchdog import start_watchdog
 from ..types import Request
-from .messages import Abort, Alive, Answers, Infer, ModelResolved, Note, Open, Started, StartRefused, ToEngine
-
-logger = logging.getLogger("batchvl.serving.engine_main")
+from .messages import Abort, Alive, Answers, Infer, ModelResolved, Note, Open, ProtocolError, Started, StartRefused
+from .messages import ToEngine as Message
 
 ALIVE_SECONDS = 0.25
-"""How often progress and waits for rows are told, where there are some."""
+"""Seconds between heartbeats."""
 
 
 class NoteHandler(logging.Handler):
     """Forward log records to the runner as `Note` messages. Any thread may log.
 
     Args:
-        send: Sends a message; called on the event loop on which the handler was made.
+        send: Sends a message; called on the event loop in which the handler was created.
     """
 
     def __init__(self, send: Callable[[Note], None]) -> None:
@@ -55,50 +54,62 @@ class NoteHandler(logging.Handler):
 
 
 async def serve(sock: socket.socket) -> int:
-    """Drives the engine until the runner closes the socket; the process's exit code."""
-    inbox: asyncio.Queue[ToEngine | None] = asyncio.Queue()
-    channel: AsyncConnection[ToEngine] = await AsyncConnection.open(
-        sock, ToEngine, inbox.put_nowait, lambda: inbox.put_nowait(None)
+    """Run the engine until the runner closes the socket. Return the process's exit code."""
+    inbox: asyncio.Queue[Message | None] = asyncio.Queue()
+    connection: AsyncConnection[Message] = await AsyncConnection.open(
+        sock, Message, inbox.put_nowait, lambda: inbox.put_nowait(None)
     )
     first = await inbox.get()
-    assert isinstance(first, Open)
-    logging.getLogger("batchvl").addHandler(NoteHandler(channel.send))
-    logging.getLogger("batchvl").setLevel(logging.INFO)
+    if first is None:
+        return 0
+    if not isinstance(first, Open):
+        raise ProtocolError(f"the first message is {type(first).__name__}, expected Open")
+    logger = logging.getLogger("batchvl")
+    logger.addHandler(NoteHandler(connection.send))
+    logger.setLevel(logging.INFO)
     try:
         engine = ENGINE_TYPES[first.spec.engine].create(first.spec, ArenaView(first.arena_fd, first.arena_size))
-        channel.send(ModelResolved(await engine.resolve()))
+        connection.send(ModelResolved(await engine.resolve()))
         info = await engine.start()
-        gc.collect()
-        gc.freeze()  # half a million objects of libraries, which else are looked through while rows wait
-        channel.send(Started(info))
     except UsageError as error:
-        channel.send(StartRefused(type(error).__name__, str(error)))
-        await inbox.get()  # the runner closes once it has read that
+        connection.send(StartRefused.of(error))
+        await inbox.get()  # the runner closes the socket once it has read the refusal
         return 2
-    async with asyncio.TaskGroup() as lists:
-        tasks = {lists.create_task(_tell_alive(engine, channel))}
-        while True:
-            match await inbox.get():
-                case Infer(requests):
-                    tasks.add(answering := lists.create_task(_answer(engine, requests, channel)))
-                    answering.add_done_callback(tasks.discard)
-                case Abort(row):
-                    await engine.abort(row)
-                case None:
-                    break
-        for task in tasks:
-            task.cancel()  # nobody waits for what is still open
+    gc.collect()
+    gc.freeze()  # half a million objects of libraries, which the collector would otherwise scan while rows wait
+    connection.send(Started(info))
+    await _answer_batches(engine, inbox, connection)
     await engine.close()
     return 0
 
 
-async def _answer(engine: Engine, requests: list[Request], channel: AsyncConnection[ToEngine]) -> None:
-    """One list. What finishes in the same turn of the loop leaves in one message."""
+async def _answer_batches(
+    engine: Engine, inbox: asyncio.Queue[Message | None], connection: AsyncConnection[Message]
+) -> None:
+    """Answer batches, several concurrently, until the socket is closed."""
+    async with asyncio.TaskGroup() as batches:
+        tasks = {batches.create_task(_send_heartbeats(engine, connection))}
+        while (message := await inbox.get()) is not None:
+            match message:
+                case Infer(requests):
+                    task = batches.create_task(_answer_batch(engine, requests, connection))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                case Abort(row):
+                    await engine.abort(row)
+                case Open():
+                    raise ProtocolError("a second Open message")
+        for task in tasks:
+            task.cancel()  # nobody reads these answers
+
+
+async def _answer_batch(engine: Engine, requests: list[Request], connection: AsyncConnection[Message]) -> None:
+    """Answer one batch. Responses that are ready in the same iteration of the event loop share a message."""
     ready = Answers([])
     loop = asyncio.get_running_loop()
 
     def send() -> None:
-        channel.send(ready)
+        connection.send(ready)
         ready.responses.clear()
 
     async for response in engine.infer(requests):
@@ -107,29 +118,31 @@ async def _answer(engine: Engine, requests: list[Request], channel: AsyncConnect
         ready.responses.append(response)
 
 
-async def _tell_alive(engine: Engine, channel: AsyncConnection[ToEngine]) -> None:
+async def _send_heartbeats(engine: Engine, connection: AsyncConnection[Message]) -> None:
+    """Report progress and waits for rows, if there are any, every ALIVE_SECONDS."""
     steps, waited = engine.steps, 0.0
     while True:
         await asyncio.sleep(ALIVE_SECONDS)
-        progress, waits = engine.steps != steps, engine.wait_seconds
-        if progress or waits != waited:
-            steps, waited = engine.steps, waits
-            channel.send(Alive(progress, waits))
+        progress, wait_seconds = engine.steps != steps, engine.wait_seconds
+        if progress or wait_seconds != waited:
+            steps, waited = engine.steps, wait_seconds
+            connection.send(Alive(progress, wait_seconds))
 
 
 def main() -> None:
-    sock, lifeline, parent = map(int, sys.argv[1:])
+    """Run the process."""
+    sock, parent_pipe, parent = map(int, sys.argv[1:])
     die_with_parent(parent)
-    _guardian = start_watchdog(lifeline)
-    os.close(lifeline)
-    os.set_inheritable(sock, False)  # what the engine starts is not to keep the runner from seeing it end
+    _watchdog = start_watchdog(parent_pipe)
+    os.close(parent_pipe)
+    os.set_inheritable(sock, False)  # else a child of the engine would keep the runner from noticing its exit
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)  # how the runner asks a hung engine where it stands
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # for `EngineProcess.dump_stacks`
     code = asyncio.run(serve(socket.socket(fileno=sock)))
     sys.stdout.flush()
     sys.stderr.flush()
     with suppress(Exception):
-        os._exit(code)  # threads of the engine's libraries must not hold it up
+        os._exit(code)  # threads of the engine's libraries must not delay the exit
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How an engine's process ended, as its rows, the terminal and whoever has to mend it are told."""
+"""Exits of an engine's processes: their diagnosis, and the policy that decides whether another process follows."""
 
 from __future__ import annotations
 
@@ -15,136 +15,174 @@ from ..hardware.limits import oom_kills
 
 logger = logging.getLogger(__name__)
 
-DEATHS_BEFORE_FIRST_ANSWER = 2
-DEATHS_WITHOUT_PROGRESS = 5
+MAX_EXITS_BEFORE_FIRST_ANSWER = 2
+MAX_EXITS_WITHOUT_PROGRESS = 5
 REFUSED_SECONDS = 15.0
-"""Before another process is started after a first refusal: a neighbour may have taken the GPU's memory for a moment."""
-_LAST_WORDS = 2000
-_SEARCHED = 64 * 1024
-"""Bytes of the log's end in which the reason may stand: the stacks of a hung process push it up."""
+"""Seconds before the restart after a first refusal: another job may use the GPU's memory only briefly."""
+_QUOTED_BYTES = 2000
+"""Bytes of the log's end that an error message quotes."""
+_SEARCHED_BYTES = 64 * 1024
+"""Bytes of the log's end that are searched for the reason. The stacks of a hung process may follow it."""
 _GPU_FULL = re.compile(r"CUDA out of memory|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|out of memory", re.I)
 _HOST_FULL = re.compile(r"^MemoryError|std::bad_alloc|DefaultCPUAllocator|Cannot allocate memory", re.M)
 _HOST_ADVICE = "give the job more memory (--mem), or lower --image-workers or --arena-bytes"
 
 
 class EngineExited(Exception):
-    """The engine's process ended; the message tells how, with advice where there is some, and its last words."""
+    """An engine's process exited. The message says how, with advice if there is any, and quotes the end of its log.
+
+    Args:
+        text: The message.
+        summary: What happened, in a few words, such as "was killed by SIGSEGV".
+        advice: What to do about it; "" if unknown.
+    """
 
     answered = 0
-    """How many rows the process had answered before."""
+    """Number of rows that the process had answered."""
+    in_flight = 0
+    """Number of rows that the process held."""
+    time = 0.0
+    """When it exited, on the monotonic clock."""
 
-    def __init__(self, text: str, how: str = "ended", advice: str = "") -> None:
+    def __init__(self, text: str, summary: str = "exited", advice: str = "") -> None:
         super().__init__(text)
-        self.how, self.advice = how, advice
-        """In a few words: "was killed by SIGSEGV"; and what to do about it, "" where that is unknown."""
+        self.summary, self.advice = summary, advice
 
 
 class RestartRefused(EngineExited):
-    """A process that took the place of one that had been up would not start: perhaps the next one will."""
+    """The engine refused to start again after it had been up. The next attempt may succeed."""
 
     def __init__(self, refusal: EngineUnavailable) -> None:
-        text = f"the engine refuses to start again: {refusal}"
+        text = f"the engine refuses to restart: {refusal}"
         super().__init__(text, text.partition("\n")[0].removeprefix("the engine "))
 
 
 class Unkillable(EngineExited):
-    """A process of the engine's lives on whatever it is sent. Nobody may wait for it, and nothing take its place."""
+    """A process of the engine survives SIGKILL. Nothing waits for it, and no other process takes its place."""
 
     def __init__(self, pid: int, state: str, seconds: float) -> None:
         super().__init__(
-            f"the engine process {pid} cannot be killed: it is in state {state or 'unknown'}, {seconds:g} s after "
-            "SIGKILL, which is the kernel's or a driver's doing: the node needs looking at",
+            f"cannot kill the engine process {pid}: it is in state {state or 'unknown'} {seconds:g} s after SIGKILL, "
+            "probably stuck in the kernel or in a driver; check the node",
             "cannot be killed",
         )
 
 
 class RestartPolicy:
-    """The deaths of one engine's processes: counted and told, until one is the last. name: the engine's, for people."""
+    """Count and log the exits of one replica's processes, until one is the last.
+
+    Args:
+        name: The engine's name in log messages.
+        log: File with the processes' output.
+    """
 
     def __init__(self, name: str, log: Path) -> None:
         self._name, self._log = name, log
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
+        self._without_progress = self._refusals = 0
         self.count = 0
-        self._in_vain = self._refusals = 0
+        """Number of exits so far."""
 
-    def progress(self) -> None:
-        """An answer came, or what else makes another try worth it."""
-        self._in_vain = 0
+    def note_progress(self) -> None:
+        """Note an answer, or anything else that makes another attempt worthwhile."""
+        self._without_progress = 0
 
-    def started(self) -> None:
-        """A process is up."""
+    def on_start(self) -> None:
+        """Note that a process is up."""
         self._refusals = 0
 
-    def add(self, died: EngineExited, answers: int, held: int | None) -> None:
-        """Counts a death. Raises EngineLost where it was the last.
+    def record(self, exited: EngineExited, *, any_answers: bool, was_up: bool) -> None:
+        """Count and log an exit.
 
-        answers: how many the run has, whoever gave them. held: rows that died with it, None before it was up.
+        Args:
+            exited: The exit.
+            any_answers: Whether any replica of the run has answered a row.
+            was_up: Whether the process had started.
+
+        Raises:
+            EngineLost: No other process is worth starting.
         """
         self.count += 1
-        self._in_vain += 1
-        refused = isinstance(died, RestartRefused)
+        self._without_progress += 1
+        refused = isinstance(exited, RestartRefused)
         self._refusals += refused
-        told = f"{self._name} {died.how}"
+        event = f"{self._name} {exited.summary}"
         if not refused:
-            told += " while it was starting" if held is None else f" with {pluralize(held)} in it"
-        lost = ""
-        if not answers and self.count >= DEATHS_BEFORE_FIRST_ANSWER and not refused:
-            lost = f"the engine died {self.count} times before its first answer"
-        elif self._in_vain >= DEATHS_WITHOUT_PROGRESS:
-            lost = f"the engine died {self._in_vain} times without an answer in between"
-        if lost:
-            logger.error("%s", told)
-            raise EngineLost(f"{lost}: {died}")
-        again = "tried" if refused else "started"
-        logger.warning(f"{told}; it is {again} again" + (f" in {self.pause:g} s" if self.pause else ""))
+            event += f" with {pluralize(exited.in_flight)} in flight" if was_up else " while it was starting"
+        if verdict := self._verdict(any_answers or refused):
+            logger.error("%s", event)
+            raise EngineLost(f"{verdict}: {exited}")
+        delay = f" in {self.pause:g} s" if self.pause else ""
+        logger.warning(f"{event}; restarting it{delay}")
         if not refused:
-            after = "; its rows are asked again after all others, in ever smaller groups" if held else ""
-            self._once("words", f"note: its last words are in {self._log}{after}")
-            self._once(died.advice, died.advice)
+            retried = "; its rows are retried after all others, in smaller and smaller groups" * bool(exited.in_flight)
+            self._log_once("log", f"see {self._log} for its last output{retried}")
+            self._log_once(exited.advice, exited.advice)
+
+    def _verdict(self, any_answers: bool) -> str:
+        """Return why no other process is worth starting, or ""."""
+        if not any_answers and self.count >= MAX_EXITS_BEFORE_FIRST_ANSWER:
+            return f"the engine died {self.count} times before its first answer"
+        if self._without_progress >= MAX_EXITS_WITHOUT_PROGRESS:
+            return f"the engine died {self._without_progress} times without an answer in between"
+        return ""
 
     @property
     def pause(self) -> float:
-        """Seconds to wait before the next process is started: longer after each refusal in a row."""
+        """Seconds to wait before the next process is started: longer after each consecutive refusal."""
         return REFUSED_SECONDS * 2 ** (self._refusals - 1) if self._refusals else 0.0
 
-    def _once(self, what: str, text: str) -> None:
-        if text and what not in self._told:
-            self._told.add(what)
+    def _log_once(self, topic: str, text: str) -> None:
+        if text and topic not in self._logged:
+            self._logged.add(topic)
             logger.warning("%s", text)
 
 
 class ExitDiagnoser:
-    """Knows from a process's start on what it takes to tell of its death."""
+    """Explain how a process exited. Created when the process starts, since it compares with the state at that time.
+
+    Args:
+        engine: Name of the engine, for advice.
+        log: File with the process's output.
+        log_start: Size of the log when the process started.
+    """
 
     def __init__(self, engine: str, log: Path, log_start: int) -> None:
-        self._engine, self._log, self._log_start = engine, log, log_start
+        self._gpu_advice, self._log, self._log_start = ENGINE_TYPES[engine].gpu_memory_advice, log, log_start
         self._oom_kills = oom_kills()
 
-    def died(self, code: int, ended_for: str | None = None, how: str = "") -> EngineExited:
-        """The death of a process with this exit code; `ended_for` is why we ended it, where we did, `how` in short."""
-        killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        if ended_for is not None:
-            killed = f"was ended: {ended_for}"
-        log = self._tail()
-        advice = self._advice(log, -code if ended_for is None else 0)
-        words = log[-_LAST_WORDS:].strip()
-        lines = [f"the engine process {killed}", advice, f"its last words, from {self._log}:\n{words}" if words else ""]
-        return EngineExited("\n".join(filter(None, lines)), how or killed, advice)
+    def diagnose(self, code: int, kill_reason: str | None = None, summary: str = "") -> EngineExited:
+        """Return the exit of the process.
+
+        Args:
+            code: Exit code, negative for a signal.
+            kill_reason: Why the runner killed the process, if it did.
+            summary: What happened, in a few words; by default derived from the code or the reason.
+        """
+        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if kill_reason is not None:
+            cause = f"was killed: {kill_reason}"
+        log = self._read_log_end()
+        advice = self._advice(log, -code if kill_reason is None else 0)
+        quote = log[-_QUOTED_BYTES:].strip()
+        lines = [f"the engine process {cause}", advice, f"its last output, from {self._log}:\n{quote}" if quote else ""]
+        return EngineExited("\n".join(filter(None, lines)), summary or cause, advice)
 
     def _advice(self, log: str, by_signal: int) -> str:
         if by_signal == signal.SIGKILL and oom_kills() > self._oom_kills:
-            return f"the kernel killed it for lack of memory: {_HOST_ADVICE}"
+            return f"the kernel killed it because memory ran out: {_HOST_ADVICE}"
         if _HOST_FULL.search(log):
-            return f"it had too little memory: {_HOST_ADVICE}"
+            return f"it ran out of memory: {_HOST_ADVICE}"
         if _GPU_FULL.search(log):
-            return f"the GPU's memory was full: {ENGINE_TYPES[self._engine].gpu_memory_advice}"
+            return f"it ran out of GPU memory: {self._gpu_advice}"
         if by_signal == signal.SIGKILL:
-            return f"perhaps it was the kernel, for lack of memory: {_HOST_ADVICE}"
+            return f"the kernel may have killed it because memory ran out: {_HOST_ADVICE}"
         return ""
 
-    def _tail(self) -> str:
+    def _read_log_end(self) -> str:
+        """Return the end of the process's output, without blank lines; of a progress bar only its last state."""
         with suppress(OSError), self._log.open("rb") as file:
-            file.seek(max(self._log_start, self._log.stat().st_size - _SEARCHED))
+            file.seek(max(self._log_start, self._log.stat().st_size - _SEARCHED_BYTES))
             lines = file.read().decode("utf-8", "replace").split("\n")
-            return "\n".join(filter(None, (line.rstrip().rpartition("\r")[2] for line in lines)))  # bars, at their last
+            return "\n".join(filter(None, (line.rstrip().rpartition("\r")[2] for line in lines)))
         return ""

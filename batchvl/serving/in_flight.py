@@ -1,19 +1,24 @@
-"""The rows that one engine holds: who waits for each, and how long."""
+"""The rows inside one engine: the future of each one's response, and its deadline."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from ..errors import RowTimeout
 from ..types import Failure, Request, Response
 
-Pending = tuple[Request, asyncio.Future[Response]]
-"""A row on its way into an engine, and its answer."""
+
+class Pending(NamedTuple):
+    """A request that no engine has received yet, and the future of its response."""
+
+    request: Request
+    answer: asyncio.Future[Response]
 
 
 class InFlightRow:
-    """A row in the engine: who waits for it, since when it is there, and its deadline, on the monotonic clock."""
+    """A row inside an engine. Times are on the monotonic clock."""
 
     __slots__ = ("aborted", "answer", "deadline", "sent", "timed_out")
 
@@ -23,38 +28,52 @@ class InFlightRow:
 
 
 class InFlight:
-    """Rows are `held` from when the engine is handed them until they are answered; by number. Times are passed in."""
+    """The rows inside one engine, by number. `len` and `in` work; callers pass the current time.
+
+    Args:
+        timeout: Seconds that a row may be in the engine.
+    """
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self.held: dict[int, InFlightRow] = {}
-        self.seconds = 0.0
-        """That rows were in the engine, summed over the rows."""
+        self._rows: dict[int, InFlightRow] = {}
+        self.row_seconds = 0.0
+        """Seconds that answered rows were in the engine, summed over the rows."""
 
-    def hold(self, rows: Sequence[Pending], now: float) -> None:
-        """These are in the engine from now on."""
-        for request, answer in rows:
-            self.held[request.row] = InFlightRow(answer, now, now + self._timeout)
+    def __len__(self) -> int:
+        return len(self._rows)
 
-    def answered(self, response: Response, now: float) -> None:
-        """A held row's response; one that comes after the row's deadline is a failure."""
-        row = self.held.pop(response.row, None)
+    def __contains__(self, row: int) -> bool:
+        return row in self._rows
+
+    def __getitem__(self, row: int) -> InFlightRow:
+        return self._rows[row]
+
+    def add(self, batch: Sequence[Pending], now: float) -> None:
+        """Add rows that the engine receives now."""
+        deadline = now + self._timeout
+        for request, answer in batch:
+            self._rows[request.row] = InFlightRow(answer, now, deadline)
+
+    def complete(self, response: Response, now: float) -> None:
+        """Resolve a row's future. A row that has timed out fails, whatever its response."""
+        row = self._rows.pop(response.row, None)
         if row is None:
             return
-        self.seconds += now - row.sent
+        self.row_seconds += now - row.sent
         if row.timed_out:
-            text = f"the row was longer than {self._timeout:g} s in the engine (--row-timeout)"
+            text = f"the row was in the engine for longer than {self._timeout:g} s (--row-timeout)"
             response = Response(response.row, failure=Failure.of(RowTimeout(text)))
         if not row.answer.done():
             row.answer.set_result(response)
 
     def overdue(self, now: float) -> Iterator[tuple[int, InFlightRow]]:
-        """Held rows that are past their deadline."""
-        return ((number, row) for number, row in self.held.items() if now > row.deadline)
+        """Yield the rows that are past their deadline."""
+        return ((number, row) for number, row in self._rows.items() if now > row.deadline)
 
-    def give_back(self, error: Exception) -> None:
-        """The engine holds nothing any more: this is what became of the rows."""
-        held, self.held = self.held, {}
-        for row in held.values():
+    def fail(self, error: Exception) -> None:
+        """Remove all rows and raise an error in their futures."""
+        rows, self._rows = self._rows, {}
+        for row in rows.values():
             if not row.answer.done():
                 row.answer.set_exception(error)

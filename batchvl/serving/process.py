@@ -1,4 +1,4 @@
-"""An engine's process, seen from the runner: started, told, heard, and ended for certain."""
+"""An engine's process as the runner sees it: start it, exchange messages with it, and make sure that it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import errors
 from ..engines.base import EngineInfo, EngineSpec
 from ..images.preparation import PreparationSpec
 from ..ipc.arena import Arena
@@ -28,115 +27,128 @@ from .messages import Abort, Alive, Answers, FromEngine, Infer, ModelResolved, N
 logger = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 10.0
-"""How long a process may live on whose socket is closed, by whichever side, before it is killed."""
+"""Seconds that a process gets to exit after its socket was closed, by either side, before it is killed."""
 UNKILLABLE_SECONDS = 60.0
-"""How long a killed process may live on, stuck in the kernel, before nobody waits for it any more."""
-_LOOK_SECONDS = 0.005
-"""How often an end that must come is looked for."""
+"""Seconds that a killed process gets to exit before it counts as stuck in the kernel."""
+_POLL_SECONDS = 0.005
+"""Seconds between two checks for an exit that is due."""
 
 
 class LaunchContext(NamedTuple):
-    """What an engine's processes find around them: prepared tensors, the runner, an environment, and a log."""
+    """What every process of a replica is started with."""
 
     arena: Arena
-    lifeline: ParentPipe
+    """Prepared tensors."""
+    parent_pipe: ParentPipe
     environment: Mapping[str, str]
     log: Path
+    """File to which the output of the processes is appended."""
 
 
 class EngineProcess:
-    """One engine process and what it starts, which ends with it.
+    """One engine process, with the processes that it starts: they end with it.
 
-    `resolved` and `started` are futures; `died` is set once it is reaped, or was given up as `Unkillable`.
+    Three futures tell how far it is: `resolved`, `started`, and `exited`, which is set once the process is reaped or
+    was given up as `Unkillable`.
 
-    `answered` is called with each list of responses, `alive` with every sign of life.
+    Args:
+        on_answers: Called with responses as they arrive.
+        on_alive: Called with each heartbeat.
     """
 
-    def __init__(self, answered: Callable[[list[Response]], None], alive: Callable[[Alive], None]) -> None:
+    def __init__(self, on_answers: Callable[[list[Response]], None], on_alive: Callable[[Alive], None]) -> None:
         loop = asyncio.get_running_loop()
         self.resolved: asyncio.Future[PreparationSpec | None] = loop.create_future()
         self.started: asyncio.Future[EngineInfo] = loop.create_future()
-        self.died: asyncio.Future[EngineExited] = loop.create_future()
-        self._answered, self._alive = answered, alive
-        self._ended_for: str | None = None
-        self._how = ""
-        self._killed: float | None = None
+        self.exited: asyncio.Future[EngineExited] = loop.create_future()
+        self._on_answers, self._on_alive = on_answers, on_alive
+        self._kill_reason: str | None = None
+        self._kill_summary = ""
+        self._killed_at: float | None = None
         self._reaping: asyncio.Task[None] | None = None
-        self._socket_ended = asyncio.Event()
+        self._socket_closed = asyncio.Event()
         self._resolved_at = time.monotonic()
         self.start_seconds = 0.0
-        """What loading the model took, once it is up; its download before that is no cost of the next process."""
+        """Seconds that it took to load the model, once it is up. Excludes the download, which happens only once."""
         self.gone = False
-        """Whether nothing can be told to it any more."""
+        """Whether the process takes no messages any more."""
 
-    async def open(self, spec: EngineSpec, surroundings: LaunchContext) -> None:
-        """Starts the process; its output is appended to the log. Raises StoppedEarly where there can be none."""
-        arena, lifeline, environment, log = surroundings
+    async def open(self, spec: EngineSpec, context: LaunchContext) -> None:
+        """Start the process. Raises StoppedEarly if its log cannot be written, and OSError if it cannot be started."""
+        arena, parent_pipe, environment, log = context
         try:
             file = open(log, "ab")  # noqa: ASYNC230, SIM115 - once a process
         except OSError as error:
             raise as_stopped_early(log, error) from error
         ours, theirs = socket.socketpair()
         with theirs, file:
-            self._witness = ExitDiagnoser(spec.engine, log, file.tell())
-            fds = [theirs.fileno(), lifeline.fd, arena.fd]
-            arguments = [str(theirs.fileno()), str(lifeline.fd), str(os.getpid())]
+            self._diagnoser = ExitDiagnoser(spec.engine, log, file.tell())
+            fds = [theirs.fileno(), parent_pipe.fd, arena.fd]
+            arguments = [str(theirs.fileno()), str(parent_pipe.fd), str(os.getpid())]
             try:
                 self._process = spawn("batchvl.serving.engine_main", arguments, fds, environment, file)
             except OSError:
                 ours.close()
                 raise
         try:
-            self._channel: AsyncConnection[FromEngine] = await AsyncConnection.open(
-                ours, FromEngine, self._received, self._lost
+            self._connection: AsyncConnection[FromEngine] = await AsyncConnection.open(
+                ours, FromEngine, self._on_message, self._on_socket_closed
             )
         except BaseException:
-            self._signal(signal.SIGKILL)
+            self._signal_group(signal.SIGKILL)
             self._process.wait()
             raise
-        self._channel.send(Open(spec, arena.fd, arena.size))
+        self._connection.send(Open(spec, arena.fd, arena.size))
 
     @property
     def pid(self) -> int:
+        """Process id, which is also that of its process group."""
         return self._process.pid
 
     def infer(self, requests: list[Request]) -> None:
-        self._channel.send(Infer(requests))
+        """Send a batch."""
+        self._connection.send(Infer(requests))
 
     def abort(self, row: int) -> None:
-        self._channel.send(Abort(row))
+        """Have the engine abort a row."""
+        self._connection.send(Abort(row))
 
     def dump_stacks(self) -> None:
-        """Has the process write where each of its threads stands to its log."""
+        """Have the process write the stacks of its threads to its log."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGUSR2)  # Popen's own way would reap it, and its group be out of reach
+                os.kill(self.pid, signal.SIGUSR2)  # Popen.send_signal might reap it, which only `_reap` may do
 
     async def memory(self) -> int:
-        """Bytes that the process and its descendants have for themselves."""
+        """Return the bytes of private memory that the process and its descendants use."""
         return await asyncio.to_thread(memory_of, self.pid)
 
-    def kill(self, reason: str, how: str = "") -> None:
-        """Ends the process and all that it started now; `died` follows, with this reason, and `how` in a few words."""
-        if self._killed is None:
-            self._killed, self._ended_for, self._how = time.monotonic(), reason, how
-        self._signal(signal.SIGKILL)
-        self._await_end()
+    def kill(self, reason: str, summary: str = "") -> None:
+        """Kill the process and all that it started. `exited` follows.
+
+        Args:
+            reason: Why, for the message of the exit.
+            summary: The exit in a few words; by default derived from the reason.
+        """
+        if self._killed_at is None:
+            self._killed_at, self._kill_reason, self._kill_summary = time.monotonic(), reason, summary
+        self._signal_group(signal.SIGKILL)
+        self._start_reaping()
 
     async def close(self) -> None:
-        """Has the process leave, sees to it that it does, and returns when it is gone."""
-        self._channel.close()
+        """End the process, by force if necessary, and return when it has exited."""
+        self._connection.close()
         if not self.started.done():
-            self.kill("it was not needed any more")  # while it loads a model it hears nothing
-        self._await_end()  # the socket may stay open for what the process does not read
-        await asyncio.shield(self.died)
+            self.kill("it was not needed any more")  # it does not read the socket while it loads a model
+        self._start_reaping()  # the socket may stay open until the process has read all of it
+        await asyncio.shield(self.exited)
 
-    def _received(self, message: FromEngine) -> None:
+    def _on_message(self, message: FromEngine) -> None:
         match message:
             case Answers(responses):
-                self._answered(responses)
+                self._on_answers(responses)
             case Alive():
-                self._alive(message)
+                self._on_alive(message)
             case Note(text, level):
                 logger.log(level, "%s", text)
             case ModelResolved(preparation):
@@ -147,58 +159,57 @@ class EngineProcess:
                 self.start_seconds = time.monotonic() - self._resolved_at
                 if not self.started.done():
                     self.started.set_result(info)
-            case StartRefused(name, text):
-                error = getattr(errors, name)(text)
-                for future in (self.resolved, self.started):
-                    if not future.done():
-                        future.set_exception(error)
-                        future.exception()  # told once, to whoever awaits it
-                self._channel.close()
+            case StartRefused():
+                self._fail_start(message.as_error())
+                self._connection.close()
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process.returncode is None:  # reaped, its number and its group's may be another's
+    def _fail_start(self, error: Exception) -> None:
+        for future in (self.resolved, self.started):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # mark it as retrieved: nobody may be awaiting it
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        if self._process.returncode is None:  # once reaped, its id and its group's may belong to others
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
-    def _lost(self) -> None:
-        """The socket ended, and with it, or soon, the process."""
-        self._socket_ended.set()
-        self._await_end()
+    def _on_socket_closed(self) -> None:
+        """Handle the end of the socket: the process has exited, or is about to."""
+        self._socket_closed.set()
+        self._start_reaping()
 
-    def _await_end(self) -> None:
+    def _start_reaping(self) -> None:
         self.gone = True
         if self._reaping is None:
             self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
-        """Waits for the end, in no thread that a process could hold for ever, and tells of it."""
+        """Wait for the exit and set the futures. Polls: a thread in waitpid could be blocked for ever."""
         leave_by = time.monotonic() + LEAVE_SECONDS
-        while (alive := await self._survivor()) is not None:
+        while (pid := await self._survivor()) is not None:
             now = time.monotonic()
-            if alive == self.pid and self._killed is None and now > leave_by:
-                self.kill(f"it lived on for {LEAVE_SECONDS:g} s when its socket was closed")
-            if now > (self._killed or leave_by) + UNKILLABLE_SECONDS:
-                died: EngineExited = Unkillable(alive, state_of(alive), UNKILLABLE_SECONDS)
-                logger.error("%s", died)
+            if pid == self.pid and self._killed_at is None and now > leave_by:
+                self.kill(f"it was still running {LEAVE_SECONDS:g} s after its socket was closed")
+            if now > (self._killed_at or leave_by) + UNKILLABLE_SECONDS:
+                exited: EngineExited = Unkillable(pid, state_of(pid), UNKILLABLE_SECONDS)
+                logger.error("%s", exited)
                 break
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
         else:
-            died = self._witness.died(self._process.wait(), self._ended_for, self._how)
-            with suppress(TimeoutError):  # somebody outside its group may hold its socket
+            exited = self._diagnoser.diagnose(self._process.wait(), self._kill_reason, self._kill_summary)
+            with suppress(TimeoutError):  # a process outside its group may hold the socket open
                 async with asyncio.timeout(1):
-                    await self._socket_ended.wait()  # behind its last answers
-        self._channel.close()
-        for future in (self.resolved, self.started):
-            if not future.done():
-                future.set_exception(died)
-                future.exception()
-        if not self.died.done():
-            self.died.set_result(died)
+                    await self._socket_closed.wait()  # its last answers arrive before that
+        self._connection.close()
+        self._fail_start(exited)
+        if not self.exited.done():
+            self.exited.set_result(exited)
 
     async def _survivor(self) -> int | None:
-        """The process, or else one of its group that lives; None once all have ended, the process not reaped yet."""
+        """Return the process, or else another of its group, if alive. None: all have exited; it is not reaped yet."""
         try:
-            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # noqa: ASYNC222 - no waiting
-        except ChildProcessError:  # reaped by somebody else: the guardian sees to the group
+            exit_status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # noqa: ASYNC222 - no wait
+        except ChildProcessError:  # reaped by another part of this program: the watchdog ends the group
             return None
-        return self.pid if ended is None else await asyncio.to_thread(end_group, self.pid)
+        return self.pid if exit_status is None else await asyncio.to_thread(end_group, self.pid)

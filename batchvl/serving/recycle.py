@@ -1,4 +1,4 @@
-"""How much memory an engine's processes may hold before they are started afresh."""
+"""The memory limit at which an engine's process is replaced by a new one."""
 
 from __future__ import annotations
 
@@ -9,57 +9,66 @@ from ..hardware.limits import memory
 
 logger = logging.getLogger(__name__)
 
-LEAST_STARTS = 10
-LEAST_UP_SECONDS = 300.0
-"""A process is not replaced for its memory before it was up so many times as long as it took to start, or so long."""
-_MOST = 0.9
-"""Share of the memory above which a process is replaced however new it is: the kernel would not ask."""
-_LEAST_GAIN = 1.25
-"""A process may always hold so many times what it held when it had started: else a new one would be no better."""
+MIN_UP_STARTS = 10
+MIN_UP_SECONDS = 300.0
+"""A process stays up for at least this long, or for MIN_UP_STARTS times its start-up, before it is recycled."""
+MIN_GAIN = 1.25
+"""The limit is at least this many times the memory that a new process needs: otherwise a new one gains nothing."""
+_MAX_SHARE = 0.9
+"""Share of the machine's memory above which even a new process is recycled, before the kernel kills it."""
 
 
 class RecyclePolicy:
-    """The limit of `--engine-memory`, in bytes, lifted where a new process would soon be where the old one was.
+    """The limit of `--engine-memory`, raised where a new process would soon reach it again.
 
-    Each cause is logged once. The memory there is, each of the replicas has its part of.
+    Args:
+        requested: The limit in bytes; None for 3/4 of the replica's share of the memory.
+        name: The engine's name in log messages.
+        replicas: Number of replicas that share the machine's memory.
     """
 
-    def __init__(self, asked: int | None, name: str = "the engine", replicas: int = 1) -> None:
+    def __init__(self, requested: int | None, name: str = "the engine", replicas: int = 1) -> None:
         self._memory = memory() // replicas
-        self._asked = asked if asked is not None else self._memory * 3 // 4
-        self.bytes = self._asked
+        self._requested = requested if requested is not None else self._memory * 3 // 4
+        self.limit = self._requested
+        """Bytes."""
         self._name = name
-        self._told: set[str] = set()
-        self._settled = 0.0
+        self._logged: set[str] = set()
+        self._recycle_after = 0.0
 
-    def started(self, held: int, seconds: float) -> None:
-        """Takes what a process holds that has just started, and how long that took."""
-        self.bytes = self._asked
-        self._settled = time.monotonic() + max(LEAST_UP_SECONDS, LEAST_STARTS * seconds)
-        if self.bytes < _LEAST_GAIN * held:
-            self._lift(held, "from its start on")
+    def on_start(self, used: int, start_seconds: float) -> None:
+        """Reset the limit for a process that has just started.
 
-    def exceeded(self, held: int) -> bool:
-        """Whether a process that holds so much is to be replaced. Not where that comes too soon."""
-        if held <= self.bytes:
+        Args:
+            used: Bytes of memory that the process uses.
+            start_seconds: Seconds that it took to start.
+        """
+        self.limit = self._requested
+        self._recycle_after = time.monotonic() + max(MIN_UP_SECONDS, MIN_UP_STARTS * start_seconds)
+        if self.limit < MIN_GAIN * used:
+            self._raise_limit(used, "right after its start")
+
+    def exceeded(self, used: int) -> bool:
+        """Return whether a process that uses this many bytes is to be recycled. Raises the limit if it is too soon."""
+        if used <= self.limit:
             return False
-        if time.monotonic() >= self._settled or held > _MOST * self._memory:
+        if time.monotonic() >= self._recycle_after or used > _MAX_SHARE * self._memory:
             return True
-        self._lift(held, "soon after its start")
+        self._raise_limit(used, "soon after its start")
         return False
 
-    def _lift(self, held: int, when: str) -> None:
-        self.bytes = int(_LEAST_GAIN * held)
-        if when not in self._told:
-            self._told.add(when)
+    def _raise_limit(self, used: int, when: str) -> None:
+        self.limit = int(MIN_GAIN * used)
+        if when not in self._logged:
+            self._logged.add(when)
             logger.info(
-                f"note: {self._name} holds {format_bytes(held)} of memory {when}: it is started afresh at "
-                f"{format_bytes(self.bytes)}, not at {format_bytes(self._asked)} (--engine-memory)"
+                f"{self._name} uses {format_bytes(used)} of memory {when}: raising --engine-memory from "
+                f"{format_bytes(self._requested)} to {format_bytes(self.limit)} for it"
             )
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes as people read it.
+    """Format a number of bytes for people.
 
     >>> format_bytes(13_207_024_435), format_bytes(734_003_200)
     ('12.3 GiB', '700 MiB')

@@ -1,10 +1,10 @@
-"""One engine that is kept alive: a process that dies is replaced.
+"""One replica: an engine that is kept alive by replacing each process that exits.
 
-Deaths by the contract: the rows that the dead process held come back as `EngineExited`, for the runner to try again
-after all others, in halves. A death before the first answer ever is taken for a configuration error and is final the
-second time; later, five deaths without progress in between are, and a successor that finds no room to start counts as
-one, with a pause. A process whose memory grows too large is no death: it is handed no more rows, and is replaced once
-it has answered those that it holds.
+When a process dies, its rows fail with `EngineExited`, for the runner to retry after all others, in halves. A death
+before the run's first answer suggests a wrong configuration, and the second one is final; later, five deaths without
+progress in between are. A restart that the engine refuses counts as a death, and the next attempt waits for a while. A
+process whose memory has grown too large is recycled: it receives no more rows, and is replaced once it has answered
+those in flight.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from enum import Enum
 
 import msgspec
 
@@ -24,7 +25,6 @@ from ..errors import BatchvlError, EngineLost, EngineUnavailable, UsageError
 from ..images.preparation import PreparationSpec
 from ..types import Response
 from .client import EngineClient
-from .dispatch import Dispatcher
 from .exits import EngineExited, RestartPolicy, RestartRefused, Unkillable
 from .process import EngineProcess, LaunchContext
 from .recycle import RecyclePolicy, format_bytes
@@ -32,138 +32,192 @@ from .recycle import RecyclePolicy, format_bytes
 logger = logging.getLogger(__name__)
 
 MEMORY_SECONDS = 3.0
-"""How often the memory of the engine's processes is looked at."""
+"""Seconds between two checks of the memory of the engine's processes."""
+
+
+class Status(Enum):
+    """The state of a replica."""
+
+    RESOLVING = "resolving"
+    """Its first process looks for the model, or waits to load it."""
+    STARTING = "starting"
+    """A process loads the model."""
+    UP = "up"
+    """A process answers rows."""
+    DRAINING = "draining"
+    """The process answers its last rows, since it is to be recycled."""
+    RESTARTING = "restarting"
+    """The process has exited, or is about to, and another one is to follow."""
+    FAILED = "failed"
+    """No other process will follow; `error` says why."""
+    CLOSED = "closed"
+    """Killed for good."""
+
+
+class ModelPin:
+    """The model that all processes of a run must serve: the one that the first process found."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        """What processes are started with."""
+        self.info: EngineInfo | None = None
+        """What the first process that was up reported."""
+        self.settled = asyncio.Event()
+        """Set once a process has been up, or none ever will be."""
+
+    def check(self, info: EngineInfo) -> None:
+        """Pin the model of the first process that is up. Raises EngineLost if a later one serves another model."""
+        if self.info is None:
+            self.info = info
+            self.spec = msgspec.structs.replace(self.spec, revision=info.revision or self.spec.revision)
+            return
+        for field in ("revision", "template_sha256"):
+            pinned, current = getattr(self.info, field), getattr(info, field)
+            if current != pinned:
+                raise EngineLost(
+                    f"the model has changed since the run began: the restarted engine has {field} {current}, not "
+                    f"{pinned}; its rows would be answered by another model"
+                )
 
 
 class Replica:
-    """An engine process and its successors, which share rows with other replicas by way of a queue.
+    """An engine process and its successors.
 
-    name: "the engine", or which one it is. `over` is called once no other process will come.
+    Call `resolve` on the first replica of a run, `run` on all, and `close` once `run` has returned or is cancelled.
+
+    Args:
+        client: Sends rows to the processes.
+        context: What the processes are started with.
+        options: Time limits.
+        pin: The run's model, shared by all replicas.
+        recycling: Decides when a process uses too much memory.
+        any_answers: Returns whether any replica of the run has answered a row.
+        name: The engine's name in log messages: "the engine", or which one it is.
     """
 
     def __init__(
         self,
-        name: str,
-        surroundings: LaunchContext,
+        client: EngineClient,
+        context: LaunchContext,
         options: EngineOptions,
         pin: ModelPin,
-        queue: Dispatcher,
-        limit: RecyclePolicy,
-        over: Callable[[Replica], None],
+        recycling: RecyclePolicy,
+        any_answers: Callable[[], bool],
+        name: str = "the engine",
     ) -> None:
-        self.name, self._surroundings, self._options, self._pin = name, surroundings, options, pin
-        self._queue, self._limit, self._over = queue, limit, over
-        self.feed = EngineClient(name, options, queue.changed)
-        queue.feeds.append(self.feed)
-        self.deaths = RestartPolicy(name, surroundings.log)
-        self.restarts = 0
-        """How often a process was replaced because its memory had grown."""
-        self.is_over = False
-        self.lost: BatchvlError | None = None
-        """Why it is over, unless it was killed."""
-        self.died: EngineExited | None = None
-        """How the last process ended that has."""
-        self.died_with = 0
-        """Rows that were in the last one that died."""
-        self.died_at = 0.0
-        """When the last one died, on the monotonic clock."""
-        self._tasks: list[asyncio.Task[None]] = []
-        self._process: EngineProcess | None = None
-        self._answers_before = 0
-        self._killed_for = ""
-        self._killed = asyncio.Event()
-        self._closing: asyncio.Task[None] | None = None
-        self._up = False
+        self.client, self.name = client, name
+        self._context, self._options, self._pin = context, options, pin
+        self._recycling, self._any_answers = recycling, any_answers
+        self.restarts = RestartPolicy(name, context.log)
+        self.status = Status.RESOLVING
+        self.process: EngineProcess | None = None
+        """The current process, or the latest."""
+        self.recycled = 0
+        """Number of processes replaced because of their memory."""
+        self.last_exit: EngineExited | None = None
+        self.error: BatchvlError | None = None
+        """Why the status is FAILED."""
         self._down_since: float | None = None
+        self._kill_reason = ""
+        self._killed = asyncio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no other process will follow."""
+        return self.status in (Status.FAILED, Status.CLOSED)
 
     async def resolve(self) -> PreparationSpec | None:
-        """Starts the first process, and a second where that dies; how its inputs are prepared.
+        """Start the first process, and a second one if that dies. Return how the model's inputs are prepared.
 
-        Raises a UsageError where it refuses, and EngineLost.
+        Raises:
+            UsageError: The engine refused to start.
+            EngineLost: Both processes died.
         """
         while True:
             process = await self._launch()
             try:
                 return await process.resolved
-            except EngineExited as died:
-                await asyncio.shield(process.died)
+            except EngineExited as exited:
+                await asyncio.shield(process.exited)
                 if self._killed.is_set():
-                    raise EngineLost(str(died)) from None
-                self.deaths.add(died, self._queue.answers, None)
+                    raise EngineLost(str(exited)) from None
+                self.restarts.record(exited, any_answers=self._any_answers(), was_up=False)
             except BaseException:
                 process.kill("it could not start")
-                await asyncio.shield(process.died)
+                await asyncio.shield(process.exited)
                 raise
 
-    def start(self) -> None:
-        """Keeps it alive from now on, and starts the first process where `resolve` has not."""
-        lives = self._live(), self.feed.watch(self._surroundings.log), self._watch_memory()
-        self._tasks = [asyncio.get_running_loop().create_task(life) for life in lives]
-
-    def kill(self, reason: str) -> None:
-        """Ends the process now and for good: its rows come back as EngineDied."""
-        self._killed_for = reason
-        self._killed.set()
-        if self._process is not None:
-            self._process.kill(reason)
-
-    async def close(self) -> None:
-        """Has the process leave, and returns when it is gone."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        if self._process is not None:
-            await self._process.close()
-        if self._closing is not None:
-            await self._closing
-
-    async def _launch(self) -> EngineProcess:
-        process = EngineProcess(self._answered, self.feed.alive)
-        await process.open(self._pin.spec, self._surroundings)
-        self._process = process
-        if self._killed.is_set():
-            process.kill(self._killed_for)
-        return process
-
-    async def _live(self) -> None:
-        """Sees process after process through to its end, until one ends it all."""
+    async def run(self) -> None:
+        """Keep a process up until the replica is killed or gives up. Rows of the last process stay in flight."""
         try:
-            process = self._process or await self._launch()
+            process = self.process or await self._launch()
             while True:
-                refused = await self._start(process)
-                died = await asyncio.shield(process.died)
-                held = len(self.feed.rows.held) if self._up else None
-                self._up, self._down_since = False, self._down_since or time.monotonic()
-                self.feed.close()
-                self.died = died
-                died.answered, self._answers_before = self.feed.answers - self._answers_before, self.feed.answers
-                if not self._killed.is_set():
-                    await self._succeed(refused or died, held)
-                if self._killed.is_set():  # perhaps while the next one waited
+                await self._run_process(process)
+                if self._killed.is_set():
                     break
                 process = await self._launch()
+            self.status = Status.CLOSED
         except (BatchvlError, OSError) as error:
-            again = " again" if self._down_since is not None else ""
-            if isinstance(error, OSError):
-                self.lost = EngineLost(f"no engine process can be started: {error}")
-            elif self._pin.info is not None and isinstance(error, UsageError):  # refused, but rows were answered
-                self.lost = EngineLost(f"the engine could not be started{again}: {error}")
-            else:
-                self.lost = error
-            if self._process is not None:
-                self._process.kill("it is not needed any more")
-        self.is_over = True
-        self._over(self)
+            self.error, self.status = self._as_final(error), Status.FAILED
+            if self.process is not None:
+                self.process.kill("it was not needed any more")
 
-    async def _start(self, process: EngineProcess) -> RestartRefused | None:
-        """Waits until the process is up, or has ended. Returns a refusal that may pass, raises a UsageError else."""
+    def kill(self, reason: str) -> None:
+        """Kill the process now; no other follows."""
+        self._kill_reason = reason
+        self._killed.set()
+        if self.process is not None:
+            self.process.kill(reason)
+
+    async def close(self) -> None:
+        """End the process, and return when it has exited."""
+        if self.process is not None:
+            await self.process.close()
+
+    async def _launch(self) -> EngineProcess:
+        process = EngineProcess(self._on_answers, self.client.on_alive)
+        await process.open(self._pin.spec, self._context)
+        self.process = process
+        if self._killed.is_set():
+            process.kill(self._kill_reason)
+        return process
+
+    async def _run_process(self, process: EngineProcess) -> None:
+        """Take a process from its start to its exit. Return once it may be replaced, or the replica was killed.
+
+        Raises a BatchvlError if the exit was the last.
+        """
+        answers_before = self.client.answers
+        self.status = Status.STARTING
+        refusal = await self._await_start(process)
+        was_up = self.status is Status.UP
+        exited = await (self._watch(process) if was_up else asyncio.shield(process.exited))
+        recycled = self.status is Status.RESTARTING
+        self.status = Status.RESTARTING
+        exited.time = time.monotonic()
+        exited.answered, exited.in_flight = self.client.answers - answers_before, len(self.client.in_flight)
+        self.last_exit, self._down_since = exited, self._down_since or exited.time
+        self.client.close()
+        if self._killed.is_set():
+            return
+        if isinstance(exited, Unkillable):
+            raise EngineLost(str(exited))
+        if recycled:
+            self.recycled += 1
+            return
+        await self._handle_death(refusal or exited, was_up)
+
+    async def _await_start(self, process: EngineProcess) -> RestartRefused | None:
+        """Wait until the process is UP or has exited. Return a refusal after which the next attempt may succeed.
+
+        Raises another refusal, and EngineLost if the process serves another model.
+        """
         try:
             async with asyncio.timeout(self._options.start_timeout):
                 info = await asyncio.shield(process.started)
             self._pin.check(info)
-            self.deaths.started()
-            self._limit.started(await process.memory(), process.start_seconds)
+            self.restarts.on_start()
+            self._recycling.on_start(await process.memory(), process.start_seconds)
         except TimeoutError:
             process.kill(f"it was not up after {self._options.start_timeout:g} s (--start-timeout)")
             return None
@@ -174,75 +228,61 @@ class Replica:
                 raise
             return RestartRefused(error)
         if self._down_since is not None:
-            logger.info(f"{self.name} is up again, after {time.monotonic() - self._down_since:.1f} s")
+            logger.info(f"{self.name} is up again after {time.monotonic() - self._down_since:.1f} s")
             self._down_since = None
-        self._up = True
-        self.feed.open(process, info)
-        self._pin.up.set()
+        self.status = Status.UP
+        self.client.open(process, info)
+        self._pin.settled.set()
         return None
 
-    async def _succeed(self, died: EngineExited, held: int | None) -> None:
-        """Returns once another process may take the dead one's place. Raises EngineLost where that was the last."""
-        if isinstance(died, Unkillable):
-            raise EngineLost(str(died))
-        if self._closing is not None:
-            await self._closing
-            self._closing = None
-            self.restarts += 1
-            return
-        self.died_at, self.died_with = time.monotonic(), held or 0
-        self.feed.singly = True
-        self.deaths.add(died, self._queue.answers, held)
-        self.feed.rows.give_back(died)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.deaths.pause):
-                await self._killed.wait()
+    async def _watch(self, process: EngineProcess) -> EngineExited:
+        """Enforce the limits of a process that is up, until it has exited."""
+        loop = asyncio.get_running_loop()
+        timeouts = loop.create_task(self.client.enforce_timeouts(process, self._context.log))
+        memory = loop.create_task(self._recycle_when_large(process))
+        try:
+            return await asyncio.shield(process.exited)
+        finally:
+            timeouts.cancel()
+            memory.cancel()
 
-    def _answered(self, responses: list[Response]) -> None:
-        self.deaths.progress()
-        self.feed.answered(responses)
-
-    async def _watch_memory(self) -> None:
-        """Has a process replaced that has grown beyond the limit."""
+    async def _recycle_when_large(self, process: EngineProcess) -> None:
+        """Drain and end the process once it exceeds the memory limit."""
         while True:
             await asyncio.sleep(MEMORY_SECONDS)
-            process = self._process
-            if process is None:
-                continue
-            found = await process.memory()
-            if self.feed.is_open and not process.gone and self._limit.exceeded(found):
-                held = len(self.feed.rows.held)
-                then = f", once it has answered the {pluralize(held)} that it has" if held else ""
-                logger.info(
-                    f"{self.name} holds {format_bytes(found)} of memory, more than {format_bytes(self._limit.bytes)} "
-                    f"(--engine-memory): it is started afresh{then}"
-                )
-                self.feed.drain(self._close)
+            used = await process.memory()
+            if not process.gone and self._recycling.exceeded(used):
+                break
+        rows = len(self.client.in_flight)
+        when = f" once it has answered the {pluralize(rows)} in flight" if rows else ""
+        logger.info(
+            f"{self.name} uses {format_bytes(used)} of memory, more than {format_bytes(self._recycling.limit)} "
+            f"(--engine-memory): restarting it{when}"
+        )
+        self.status = Status.DRAINING
+        await self.client.drain()
+        self.status = Status.RESTARTING
+        await process.close()
 
-    def _close(self) -> None:
-        if self._closing is None and self._process is not None:
-            self._closing = asyncio.get_running_loop().create_task(self._process.close())
+    async def _handle_death(self, exited: EngineExited, was_up: bool) -> None:
+        """Fail the rows in flight, and wait until another process may start. Raises EngineLost if none may."""
+        exited.in_flight, exited.time = len(self.client.in_flight), time.monotonic()
+        self.client.canary = not self.client.answers
+        self.restarts.record(exited, any_answers=self._any_answers(), was_up=was_up)
+        self.client.in_flight.fail(exited)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.restarts.pause):
+                await self._killed.wait()
 
+    def _as_final(self, error: BatchvlError | OSError) -> BatchvlError:
+        """Return the error for the run when no other process can be started."""
+        if isinstance(error, OSError):
+            return EngineLost(f"cannot start an engine process: {error}")
+        if self._pin.info is not None and isinstance(error, UsageError):  # not a usage error: rows were answered
+            verb = "restart" if self._down_since is not None else "start"
+            return EngineLost(f"cannot {verb} the engine: {error}")
+        return error
 
-class ModelPin:
-    """`spec` is what processes are told to run; `info` what the first one that was up told of itself."""
-
-    def __init__(self, spec: EngineSpec) -> None:
-        self.spec = spec
-        self.info: EngineInfo | None = None
-        self.up = asyncio.Event()
-        """Set once a process of it has been up."""
-
-    def check(self, info: EngineInfo) -> None:
-        """A process is up. Raises EngineLost for one that is of another model."""
-        if self.info is None:
-            self.info = info
-            self.spec = msgspec.structs.replace(self.spec, revision=info.revision or self.spec.revision)
-            return
-        for what in ("revision", "template_sha256"):
-            then, now = getattr(self.info, what), getattr(info, what)
-            if now != then:
-                raise EngineLost(
-                    f"the model has changed since the run began: the engine was started again with {what} {now}, not "
-                    f"{then}: rows would be answered by another model"
-                )
+    def _on_answers(self, responses: list[Response]) -> None:
+        self.restarts.note_progress()
+        self.client.on_answers(responses)

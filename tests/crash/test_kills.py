@@ -26,7 +26,7 @@ def test_an_engine_killed_while_it_starts_is_started_again(tmp_path: Path) -> No
         assert life.wait() == 0, life.said
     finally:
         life.put_an_end()
-    assert "while it was starting; it is started again" in life.said
+    assert "while it was starting; restarting it" in life.said
     work.check(out / "results.parquet")
 
 

@@ -309,19 +309,19 @@ def test_gpu_memory_that_others_take_in_mid_run_costs_no_row(tmp_path: Path, bac
     run = Run(tmp_path / "out", "--model", str(model), "--backend", backend, *SMALL, manifest=manifest)
     run.says("lists of")
     with hog(0.0):
-        run.says("it is started again")
+        run.says("restarting it")
         time.sleep(5)
     run.wait()
     assert run.code == 0
     assert run.summary["engine_deaths"] >= 1
-    assert "the GPU's memory was full" in run.said
+    assert "it ran out of GPU memory" in run.said
     assert [row["status"] for row in run.rows()] == ["ok"] * 640
 
 
 def test_memory_that_grows_has_the_engine_started_afresh(tmp_path: Path) -> None:
     """An engine may live for minutes however it grows, and grow by a quarter; here for no time, and by nothing."""
     manifest = questions(tmp_path / "m.jsonl", 6000)
-    soon = "import batchvl.serving.recycle as g; g.LEAST_UP_SECONDS, g.LEAST_STARTS, g._LEAST_GAIN = 0.0, 0, 1.0"
+    soon = "import batchvl.serving.recycle as g; g.MIN_UP_SECONDS, g.MIN_UP_STARTS, g.MIN_GAIN = 0.0, 0, 1.0"
     options = ("--model", "shapes", "--engine-memory", "1MB", *SMALL)
     run = Run(tmp_path / "out", *options, manifest=manifest, before=soon).wait()
     assert run.code == 0

@@ -1,9 +1,10 @@
-"""A supervised FakeEngine, and the processes that are its own."""
+"""Replicas of the fake engine in real processes, for tests."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from batchvl.ipc.spawn import ParentPipe
 from batchvl.ipc.watchdog import NAME
 from batchvl.serving.pool import ReplicaPool
 from batchvl.serving.process import EngineProcess
-from batchvl.types import ContentPart, Message, Request, Sampling
+from batchvl.serving.replica import Status
+from batchvl.types import ContentPart, Message, Request, Response, Sampling
 from tests.runner.running import alive
 
 
@@ -42,35 +44,50 @@ async def supervised(
     **fake: Any,
 ) -> AsyncIterator[ReplicaPool]:
     """Start replicas of the fake engine; `fake` are its options."""
-    arena, lifeline = Arena(8, 4096), ParentPipe()
-    spec = EngineSpec("fake", batch_size=batch_size, options={"pictures": False, **fake})
+    arena, parent_pipe = Arena(8, 4096), ParentPipe()
+    spec = EngineSpec("fake", batch_size=batch_size, options={"images": False, **fake})
     options = EngineOptions(hang_timeout=hang_timeout, row_timeout=row_timeout, engine_memory=engine_memory)
     try:
-        places = [GpuAssignment((number,)) for number in range(replicas)]
-        async with ReplicaPool(spec, options, places, arena, lifeline, dict(os.environ), log) as engine:
+        assignments = [GpuAssignment((number,)) for number in range(replicas)]
+        async with ReplicaPool(spec, options, assignments, arena, parent_pipe, dict(os.environ), log) as engine:
             yield engine
     finally:
-        lifeline.close()
+        parent_pipe.close()
         arena.close()
 
 
+async def ask(engine: ReplicaPool, *rows: int) -> list[Response | BaseException]:
+    """Submit rows together. Return their responses, or what was raised instead."""
+    return await asyncio.gather(*(engine.answer(request(row)) for row in rows), return_exceptions=True)
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds. The test's time limit ends a wait in vain."""
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def is_up(engine: ReplicaPool, replica: int = 0) -> bool:
+    return engine.replicas[replica].status is Status.UP
+
+
 def process_of(engine: ReplicaPool, replica: int = 0) -> EngineProcess:
-    """The process that a replica has at present."""
-    found = engine._replicas[replica]._process
-    assert found is not None
-    return found
+    """Return a replica's current process."""
+    process = engine.replicas[replica].process
+    assert process is not None
+    return process
 
 
 def group(leader: int) -> list[psutil.Process]:
-    """The processes of a group that live; the guardian of an engine's comes last."""
-    found = []
+    """Return the living processes of a process group; the engine's watchdog comes last."""
+    members = []
     for process in alive(psutil.process_iter()):
         try:
             if os.getpgid(process.pid) == leader:
-                found.append(process)
+                members.append(process)
         except ProcessLookupError:
             pass
-    return sorted(found, key=is_guardian)
+    return sorted(members, key=is_guardian)
 
 
 def is_guardian(process: psutil.Process) -> bool:
