@@ -1,4 +1,4 @@
-"""Rows that share their pictures: these are fetched and prepared once, and each row has its own answer or failure."""
+"""Rows that share images: each image is fetched and prepared once, and each row has its own answer or failure."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from .test_answers import serving
 
 @pytest.fixture
 def web(tmp_path):
-    """Pictures 0 to 19 behind addresses; who asked for which, how often."""
-    asked = Counter()
+    """Serve images 0 to 19. Yields the address, the number of requests by name, and the files by name."""
+    requests = Counter()
     files = {f"{number}.png": picture(tmp_path / f"{number}.png", number) for number in range(20)}
 
     class Counting(dict):
         def __getitem__(self, name):
-            asked[name] += 1
+            requests[name] += 1
             if name not in self:
                 raise HTTPNotFound
             return super().__getitem__(name)
 
     with serving(Counting({name: path.read_bytes() for name, path in files.items()})) as address:
-        yield address, asked, files
+        yield address, requests, files
 
 
-def spread(rows: int, seed: int = 7) -> list[int]:
-    """Which of 20 pictures each row is about, not in order."""
-    drawn = random.Random(seed)
-    return [drawn.randrange(20) for _ in range(rows)]
+def random_images(rows: int, seed: int = 7) -> list[int]:
+    """Return the number of an image, 0 to 19, for each row."""
+    rng = random.Random(seed)
+    return [rng.randrange(20) for _ in range(rows)]
 
 
-def test_each_is_fetched_once_within_the_window(web, tmp_path):
-    address, asked, files = web
-    which = spread(200)
-    rows = [{"prompt": f"q {n}", "image": f"{address}/{number}.png"} for n, number in enumerate(which)]
+def test_each_image_is_fetched_once_within_the_window(web, tmp_path):
+    address, requests, files = web
+    numbers = random_images(200)
+    rows = [{"prompt": f"q {n}", "image": f"{address}/{number}.png"} for n, number in enumerate(numbers)]
     manifest = write(tmp_path / "m.jsonl", rows)
-    expected = [f"q {n} {seen(files[f'{number}.png'])}" for n, number in enumerate(which)]
+    expected = [f"q {n} {seen(files[f'{number}.png'])}" for n, number in enumerate(numbers)]
 
     summary = run(manifest, image_workers=2, allow_private=["127.0.0.0/8"], arena_bytes="1MB", batch_size=8)
     assert responses(summary) == expected
-    assert set(asked.values()) == {1}
-    assert len(asked) == 20
+    assert set(requests.values()) == {1}
+    assert len(requests) == 20
 
-    asked.clear()
+    requests.clear()
     alone = run(manifest, output=tmp_path / "alone", look_ahead=0, allow_private=["127.0.0.0/8"])
     assert responses(alone) == expected
-    assert sum(asked.values()) == 200
+    assert sum(requests.values()) == 200
 
 
-def test_a_picture_that_fails_fails_each_of_its_rows_and_a_prompt_its_own(web, tmp_path):
+def test_a_failed_image_fails_all_of_its_rows_and_a_bad_prompt_only_its_own(web, tmp_path):
     address, _, files = web
     rows = [
         {"prompt": "a", "image": f"{address}/0.png"},
@@ -71,24 +71,20 @@ def test_a_picture_that_fails_fails_each_of_its_rows_and_a_prompt_its_own(web, t
     digest = seen(files["0.png"])
     assert responses(summary) == [f"a {digest}", None, None, None, f"d {digest}"]
     assert codes(summary) == {1: "http_status", 2: "image_count_mismatch", 3: "http_status"}
-    assert [row["images"][0]["source"].endswith("missing.png") for row in answers(summary) if row["row"] in (1, 3)] == [
-        True, True,
-    ]  # fmt: skip
+    failed = [row for row in answers(summary) if row["row"] in (1, 3)]
+    assert [row["images"][0]["source"].endswith("missing.png") for row in failed] == [True, True]
 
 
-def test_pictures_in_the_manifest_itself(tmp_path):
+def test_images_in_the_manifest_itself(tmp_path):
     data = [picture(tmp_path / f"{number}.png", number).read_bytes() for number in range(2)]
     manifest = tmp_path / "m.parquet"
     pq.write_table(pa.table({"prompt": ["a", "b", "c"], "image": [data[0], data[1], data[0]]}), manifest)
 
-    found = responses(run(manifest))
-
-    assert found == [
-        f"{text} {seen(tmp_path / f'{number}.png')}" for text, number in zip("abc", (0, 1, 0), strict=True)
-    ]
+    digests = [seen(tmp_path / f"{number}.png") for number in (0, 1, 0)]
+    assert responses(run(manifest)) == [f"{text} {digest}" for text, digest in zip("abc", digests, strict=True)]
 
 
-def test_a_row_that_kills_the_engine_takes_none_of_those_with_its_picture_along(tmp_path):
+def test_a_row_that_kills_the_engine_does_not_fail_rows_with_the_same_image(tmp_path):
     file = picture(tmp_path / "a.png", 1)
     url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
     rows = [{"prompt": f"q {n}", "image": url if n % 2 else "a.png"} for n in range(60)]
@@ -99,7 +95,7 @@ def test_a_row_that_kills_the_engine_takes_none_of_those_with_its_picture_along(
     assert codes(summary) == {17: "engine_crashed"}
 
 
-def test_rows_that_fail_once_are_asked_again_with_their_pictures(tmp_path):
+def test_rows_that_fail_once_are_retried_with_their_images(tmp_path):
     file = picture(tmp_path / "a.png", 1)
     rows = [{"prompt": f"q {n}", "image": "a.png"} for n in range(40)]
 
