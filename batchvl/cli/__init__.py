@@ -1,4 +1,4 @@
-"""The command line: parses, makes one call into the library, turns an error into an exit code. No logic."""
+"""The command line: it parses arguments, calls the library once, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ from .run import bench, retry, run
 __all__ = ["EXIT_CODES", "main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which they were added, not sorted by name
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="batchvl")
 def main() -> None:
     """Offline batch inference of vision-language models.
 
-    batchvl run manifest.parquet answers every row of a manifest: a prompt and pictures, from Parquet, JSONL, CSV or a
-    folder of pictures. The same command goes on where it stopped.
+    Run a model on every row of a manifest: a prompt with images, from Parquet, JSONL, CSV or a directory of images.
+    An interrupted run resumes when the same command is run again.
+
+    \b
+      batchvl demo                     try it out with a tiny built-in model
+      batchvl doctor                   check this machine
+      batchvl run manifest.parquet     process a manifest
     """
 
 
-for command in (validate, run, retry, bench, status, merge, demo, doctor):
+for command in (run, retry, status, merge, validate, bench, doctor, demo):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""The library's errors as a shell hears of them."""
+"""The library's errors as messages and exit codes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import click
 from ..errors import BatchvlError, StoppedEarly
 
 EXIT_CODES = {
-    0: "complete; failed rows are within --accept-failures",
-    3: "complete, but more rows failed than that",
+    0: "all rows done; no more failed than --accept-failures allows",
+    1: "any other error",
+    2: "invalid usage, manifest or model: nothing was run",
+    3: "all rows done, but more failed than --accept-failures allows",
     4: "stopped by --max-failures",
-    75: "stopped early (signal, time, disk): run the same command again to go on",
-    2: "usage or configuration: nothing was run",
-    1: "anything else",
+    75: "stopped early by a signal, a time limit or a full disk; the same command resumes the run",
 }
 
 
 class CommandError(click.ClickException):
-    """A library error on its way to the shell."""
+    """An error of the library, with its exit code."""
 
     def __init__(self, error: BatchvlError) -> None:
         super().__init__(str(error))
@@ -29,15 +29,15 @@ class CommandError(click.ClickException):
 
 
 def handle_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns the library's errors into messages and exit codes."""
+    """Make a command print the library's errors as messages, and exit with their codes."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except BatchvlError as error:
             raise CommandError(error) from None
         except KeyboardInterrupt:
-            raise CommandError(StoppedEarly("stopped by SIGINT before anything was run")) from None
+            raise CommandError(StoppedEarly("interrupted before the run started")) from None
 
-    return wrapped
+    return wrapper

@@ -1,4 +1,4 @@
-"""Commands about the machine at hand."""
+"""Commands about this machine: `doctor` and `demo`."""
 
 from __future__ import annotations
 
@@ -8,51 +8,69 @@ from pathlib import Path
 
 import click
 
-from .errors import handle_errors
+from .errors import EXIT_CODES, handle_errors
+from .options import Command, argument
 
 
-@click.command(short_help="See it work: drawn pictures, a tiny model, every answer checked.")
-@click.argument("folder", required=False, type=click.Path(file_okay=False, path_type=Path))
+class _DemoCommand(Command):
+    exit_codes = {  # noqa: RUF012
+        0: "all answers are correct, and only the invalid rows failed",
+        1: "an answer is wrong, or the run failed",
+        2: EXIT_CODES[2],
+    }
+
+
+@click.command(cls=_DemoCommand, short_help="Run a tiny built-in model on generated images.")
+@argument(
+    "directory",
+    metavar="[DIR]",
+    required=False,
+    type=click.Path(file_okay=False, path_type=Path),
+    description="New directory for images, manifest and results. [default: batchvl-demo]",
+)
 @handle_errors
-def demo(folder: Path | None) -> None:
-    """Answer questions about drawn pictures with the tiny model that batchvl carries, and check every answer.
+def demo(directory: Path | None) -> None:
+    """Run a tiny built-in model on generated images, and check every answer.
 
-    Pictures, manifest and answers go into FOLDER. [default: a new folder batchvl-demo]
+    Needs torch and transformers, but no GPU and no download.
     """
-    from ..demo import demo as answer
+    from .. import demo
 
-    sys.exit(answer(folder))
+    sys.exit(demo.demo(directory))
 
 
-@click.command(short_help="What works on this machine, and what to do about what does not.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the screen.")
+class _DoctorCommand(Command):
+    exit_codes = {0: "an engine can run", 1: "any other error", 2: "no engine can run"}  # noqa: RUF012
+
+
+@click.command(cls=_DoctorCommand, short_help="Check this machine and suggest fixes.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object to standard output.")
 @click.option(
     "--timeout",
     metavar="SECONDS",
     type=click.FloatRange(min=1),
     default=120,
-    show_default=True,
-    help="For importing torch and the engines' libraries, which takes long from a cold network disk.",
+    help="Time limit for importing the engines' libraries, which is slow on a network disk. [default: 120]",
 )
 @handle_errors
 def doctor(as_json: bool, timeout: float) -> None:
-    """Look at Python, GPUs, libraries, memory, disk and Slurm, and say what works and what to do about what does not.
+    """Check Python, GPUs, libraries, memory, disk and Slurm, and suggest fixes.
 
-    The last line says which engine batchvl run takes here. Exit code 0 if an engine can run, 2 if none can.
+    The last line names the engine that batchvl run uses on this machine.
     """
-    from .. import doctor as checks
+    from .. import doctor
 
     findings = []
-    for finding in checks.examine(timeout, _passing):
+    for finding in doctor.examine(timeout, _show_progress):
         findings.append(finding)
         if not as_json:
             click.echo(str(finding))
     if as_json:
-        click.echo(json.dumps(checks.as_json(findings), indent=2))
+        click.echo(json.dumps(doctor.as_json(findings), indent=2))
     sys.exit(2 if findings[-1].level == "missing" else 0)
 
 
-def _passing(text: str) -> None:
-    """A line on a terminal that the next one takes the place of."""
+def _show_progress(text: str) -> None:
+    """Show a line on the terminal that the next output replaces."""
     if sys.stderr.isatty():
         click.echo(f"\r\033[K{text}", err=True, nl=False)

@@ -1,4 +1,4 @@
-"""Commands about a manifest."""
+"""The command about a manifest: `validate`."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ import click
 
 from ..config.options import FetchOptions, ImageOptions, ManifestOptions, PromptOptions, SamplingOptions
 from .errors import handle_errors
-from .options import GroupedCommand, run_options
+from .options import Command, run_options
 
 
-class _LookingCommand(GroupedCommand):
-    """Takes every option of a run, and shows those that say how a manifest is read."""
+class _ValidateCommand(Command):
+    """A command that accepts all options of a run, and shows those that affect how a manifest is read."""
 
     groups = (ManifestOptions, PromptOptions, FetchOptions, ImageOptions, SamplingOptions)
     exit_codes = {  # noqa: RUF012
-        0: "no error was found",
-        3: "errors were found: rows that would fail, ids that are there twice",
-        2: "usage or configuration: nothing was looked at",
-        1: "anything else",
+        0: "no errors found",
+        1: "any other error",
+        2: "invalid usage or manifest: nothing was checked",
+        3: "errors found: rows that would fail, or duplicate IDs",
     }
 
 
-@click.command(cls=_LookingCommand, short_help="Check a whole manifest without a model.")
+@click.command(cls=_ValidateCommand, short_help="Check a manifest without running a model.")
 @run_options
 @click.option(
-    "--probe", metavar="N", type=click.IntRange(min=0), default=0, help="Fetch and decode the pictures of N rows, too."
+    "--probe", metavar="N", type=click.IntRange(min=0), default=0, help="Also fetch and decode the images of N rows."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object to standard output.")
 @handle_errors
 def validate(manifest: str | None, config: str | None, probe: int, as_json: bool, **options: Any) -> None:
-    """Look at every row of MANIFEST as batchvl run would read it, without a model: columns, ids, prompts, settings,
-    where pictures are and how often the same ones come again. Files are looked for; nothing is opened or fetched.
+    """Check every row of MANIFEST as batchvl run would read it, without running a model.
 
-    All options of batchvl run are taken, so that a run's command line can stay as it is; these are the ones that count.
+    Checks columns, IDs, prompts, sampling options and image sources, and counts repeated images. Image files must
+    exist, but no image is opened or fetched, unless --probe is given.
+
+    Accepts all options of batchvl run, so that its command line can be reused; shown are those that have an effect.
     """
-    from ..validation import validate as look
+    from .. import validation
 
-    report = look(manifest, probe=probe, config=config, **options)
+    report = validation.validate(manifest, probe=probe, config=config, **options)
     click.echo(report.as_json() if as_json else str(report))
     sys.exit(report.exit_code)

@@ -1,4 +1,4 @@
-"""Commands that answer a manifest's rows."""
+"""Commands that run a model: `run`, `retry` and `bench`."""
 
 from __future__ import annotations
 
@@ -10,73 +10,80 @@ import click
 
 from ..config.options import RETRY_OPTIONS
 from .errors import EXIT_CODES, handle_errors
-from .options import GroupedCommand, options_of, run_options
+from .options import Command, argument, options_of, run_options
 
 
-@click.command(cls=GroupedCommand, short_help="Answer the rows of a manifest.")
+@click.command(cls=Command, short_help="Run a model on every row of a manifest.")
 @run_options
-@click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+@click.option("--quiet", "-q", is_flag=True, help="Print neither progress nor summary.")
 @handle_errors
 def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -> None:
-    """Answer the rows of MANIFEST, a file, a folder or a glob of Parquet, JSONL (.gz, .zst) or CSV, or a folder of
-    pictures.
+    """Run a model on every row of MANIFEST.
 
-    Each option can also come from the environment (BATCHVL_MAX_TILES for --max-tiles) or a job file (max_tiles = 6);
-    flags win, then the environment, then the file.
+    MANIFEST is a file, directory or glob of Parquet, JSONL (also .gz, .zst) or CSV, or a directory of images.
+
+    If the run is interrupted, run the same command again: it resumes where it stopped.
+
+    Every option can also be set by an environment variable (BATCHVL_MAX_TILES for --max-tiles) or in a job file
+    (max_tiles = 6). Flags have precedence over variables, variables over the file. Switches have a negative form:
+    --no-number-images.
     """
-    from ..runner.job import run as answer
+    from ..runner import job
 
-    summary = answer(manifest, quiet=quiet, config=config, **options)
+    summary = job.run(manifest, quiet=quiet, config=config, **options)
     if not quiet:
-        with suppress(OSError):  # the terminal may be gone: the exit code still tells
+        with suppress(OSError):  # the terminal may be closed; the exit code still reports the result
             click.echo(str(summary), err=True)
     sys.exit(summary.exit_code)
 
 
-@click.command(cls=GroupedCommand, short_help="Ask failed rows of an output folder again.")
-@click.argument("out", type=click.Path())
+@click.command(cls=Command, short_help="Retry rows that failed in a run.")
+@argument("out", type=click.Path(), description="The run's output directory, or s3://BUCKET/PREFIX.")
 @options_of(RETRY_OPTIONS - {"shard"})
-@click.option("--shard", metavar="I/N", help="Only this one of the run's shards. [default: all]")
-@click.option("--codes", metavar="A,B", help="Rows that failed with one of these error codes.")
-@click.option("--all", "every", is_flag=True, help="All rows that failed.")
-@click.option("--manifest", metavar="MANIFEST", help="Where the manifest is now. [default: where it was]")
-@click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+@click.option("--shard", metavar="I/N", help="Retry only this shard of the run. [default: all]")
+@click.option("--codes", metavar="A,B", help="Retry rows that failed with one of these error codes.")
+@click.option("--all", "every", is_flag=True, help="Retry all failed rows.")
+@click.option("--manifest", metavar="MANIFEST", help="New location of the manifest. [default: as in the run]")
+@click.option("--quiet", "-q", is_flag=True, help="Print neither progress nor summary.")
 @handle_errors
 def retry(
     out: str, codes: str | None, every: bool, manifest: str | None, config: str | None, quiet: bool, **options: Any
 ) -> None:
-    """Ask again the rows of the output folder OUT that failed for reasons that may pass (docs/reference.md has which),
-    or those of --codes, or --all.
+    """Retry failed rows of the run in OUT.
 
-    The options are those of batchvl run that do not change what an answer means; these stay as the run had them. What
-    the rows came to before is kept in OUT; in the results an answer wins over a failure, and the later failure over the
-    earlier.
+    By default, only rows with a retryable error are retried, such as a timeout (see docs/reference.md); --codes and
+    --all select others.
+
+    Options that change what an answer means stay as they were in the run; all others can be set. Earlier results are
+    kept: in merged results, an answer replaces a failure, and a later failure replaces an earlier one.
     """
-    from ..runner.retry import retry as again
+    from ..runner import retry
 
-    wanted = [code.strip() for code in (codes or "").split(",") if code.strip()]
-    summaries = again(out, codes=wanted, all=every, manifest=manifest, config=config, quiet=quiet, **options)
+    selected = [code.strip() for code in (codes or "").split(",") if code.strip()]
+    summaries = retry.retry(out, codes=selected, all=every, manifest=manifest, config=config, quiet=quiet, **options)
     if not quiet:
         with suppress(OSError):
-            click.echo("\n\n".join(map(str, summaries)) or f"{out}: no row has failed like that", err=True)
-    sys.exit(next((s.exit_code for s in reversed(summaries) if s.exit_code), 0))
+            click.echo("\n\n".join(map(str, summaries)) or f"{out}: no failed row to retry", err=True)
+    sys.exit(next((summary.exit_code for summary in reversed(summaries) if summary.exit_code), 0))
 
 
-class _MeasuringCommand(GroupedCommand):
-    exit_codes = {0: "measured", 2: EXIT_CODES[2], 1: "nothing was measured, or anything else"}  # noqa: RUF012
+class _BenchCommand(Command):
+    exit_codes = {0: "measured", 1: "the measurement failed", 2: EXIT_CODES[2]}  # noqa: RUF012
 
 
-@click.command(cls=_MeasuringCommand, short_help="How fast this machine answers, beside how fast its engine could.")
+@click.command(cls=_BenchCommand, short_help="Compare throughput with the engine's own ceiling.")
 @run_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object to standard output.")
 @handle_errors
 def bench(manifest: str | None, config: str | None, as_json: bool, **options: Any) -> None:
-    """Answer some rows of MANIFEST as batchvl run does, then again with everything prepared beforehand, and tell what
-    limits the run. Nothing is kept.
+    """Measure the throughput on this machine, and what limits it.
 
-    The options are those of batchvl run; --limit says how many rows. [default: 1000]
+    Processes the first rows of MANIFEST as batchvl run does, then once more with all images prepared beforehand, which
+    gives the engine's own ceiling. Results are discarded.
+
+    Accepts the options of batchvl run. --limit sets the number of rows. [default: 1000]
     """
-    from ..runner.bench import bench as measure
+    from ..runner import bench
 
-    found = measure(manifest, config=config, **options)
-    click.echo(found.as_json() if as_json else str(found))
+    report = bench.bench(manifest, config=config, **options)
+    click.echo(report.as_json() if as_json else str(report))

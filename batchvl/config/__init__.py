@@ -1,1 +1,1 @@
-"""TODO"""
+"""The options of a run: their types, defaults and sources."""

@@ -1,8 +1,8 @@
-"""What a run was told: frozen dataclasses, filled from flags, the environment, a TOML job file and defaults.
+"""The options of a run, each declared once.
 
-Each option stands here once: command line, `BATCHVL_*` variables, job files, `batchvl.run(...)`, the reference page,
-the resume guard and the output's metadata are all made from these fields. `meaning=True` marks what changes the
-meaning of an answer or of a row: a run that goes on in an output folder must agree on exactly those.
+The command line, `BATCHVL_*` variables, job files, the keyword arguments of `batchvl.run`, the reference page and the
+metadata of the output are all derived from the fields of these dataclasses. `meaning=True` marks an option that changes
+what an answer or a row means: a run that resumes in an output directory must use the same value.
 """
 
 # ruff: noqa: RUF009 - `option(...)` makes a dataclass field
@@ -27,204 +27,268 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 def option(default: Any, help: str, *, meaning: bool = False, metavar: str | None = None) -> Any:
-    """A field: its default, the line that explains it, and whether it changes what an answer means."""
+    """Declare an option as a dataclass field.
+
+    Args:
+        default: The default value.
+        help: One line for `--help`. It ends in "[default: …]" if `default` itself does not explain the default.
+        meaning: Whether the option changes what an answer or a row means.
+        metavar: Placeholder of the value in `--help`.
+    """
     return field(default=default, metadata={"help": help, "meaning": meaning, "metavar": metavar})
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestOptions:
-    """Which rows, from which columns"""
+    """Which rows and columns of the manifest to read."""
 
-    prompt_column: str = option("prompt", "Column of the prompt, or of the list of prompts.", meaning=True)
-    image_column: str | None = option(
-        None, "Column of the picture, or of the list of pictures. [default: images, else image]", meaning=True
+    title = "Manifest options"
+
+    prompt_column: str = option(
+        "prompt", "Column with the prompt, or with a list of prompts.", meaning=True, metavar="COLUMN"
     )
-    messages_column: str = option("messages", "Column of OpenAI messages, instead of a prompt.", meaning=True)
-    id_column: str = option("id", "Column of the rows' labels.")
-    generation_column: str = option("generation", "Column of sampling settings per row.", meaning=True)
-    keep: tuple[str, ...] = option((), "Column that goes along into the output; may be repeated.", meaning=True)
-    limit: Positive | None = option(None, "Only the manifest's first N rows.", metavar="N")
-    shard: Shard = option(Shard(), "Only part I of N parts of the manifest, 0 <= I < N.", metavar="I/N")
+    image_column: str | None = option(
+        None,
+        "Column with the image, or with a list of images. [default: images, else image]",
+        meaning=True,
+        metavar="COLUMN",
+    )
+    messages_column: str = option(
+        "messages", "Column with OpenAI chat messages, used instead of a prompt.", meaning=True, metavar="COLUMN"
+    )
+    id_column: str = option("id", "Column with the rows' IDs.", metavar="COLUMN")
+    generation_column: str = option(
+        "generation", "Column with sampling options for individual rows.", meaning=True, metavar="COLUMN"
+    )
+    keep: tuple[str, ...] = option((), "Column to copy to the output; repeatable.", meaning=True, metavar="COLUMN")
+    limit: Positive | None = option(None, "Process only the first N rows of the manifest.", metavar="N")
+    shard: Shard = option(Shard(), "Process only part I of N equal parts of the manifest (0 <= I < N).", metavar="I/N")
 
 
 @dataclass(frozen=True, slots=True)
 class PromptOptions:
-    """How a row becomes a question"""
+    """How a row becomes a prompt."""
+
+    title = "Prompt options"
 
     prompt: str | None = option(
         None,
-        "Prompt for every row; {column} stands for the row's value, {prompt} for its own prompt. "
-        "[default: the column, else 'describe this image']",
+        "Prompt for every row; {column} inserts a value of the row, {prompt} the row's own prompt. "
+        "[default: the row's prompt, else 'describe this image']",
         meaning=True,
     )
     system: str | None = option(None, "System message.", meaning=True)
-    number_images: bool = option(False, "Write 'Image-1: ' before the first picture, and so on.", meaning=True)
+    number_images: bool = option(
+        False, "Write 'Image-1: ', 'Image-2: ' and so on before the images in the prompt.", meaning=True
+    )
     special_tokens: Literal["escape", "fail"] = option(
-        "escape", "What to do with the model's special tokens in a row's values.", meaning=True
+        "escape", "Escape the model's special tokens in a row's values, or fail the row.", meaning=True
     )
 
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """Where pictures may come from, and how patiently they are fetched"""
+    """Where images may come from, and how they are fetched."""
+
+    title = "Image fetching options"
 
     allow_private: tuple[str, ...] = option(
-        (), "Network (CIDR) that pictures' URLs may lead to although it is not public; may be repeated.", metavar="CIDR"
+        (), "Non-public network that image URLs may lead to, such as 10.0.0.0/8; repeatable.", metavar="CIDR"
     )
     image_root: tuple[str, ...] = option(
-        (), "Folder that pictures may lie in, besides the manifest's; may be repeated.", metavar="DIR"
+        (), "Directory that image files may be in, besides the manifest's; repeatable.", metavar="DIR"
     )
-    max_image_bytes: Size = option(Size(32 * 2**20), "Most bytes of one encoded picture.", metavar="SIZE")
-    fetch_timeout: Timeout = option(Timeout(60), "For one picture, all retries included.", metavar="TIME")
-    fetch_retries: Count = option(4, "Times that fetching is tried again.", metavar="N")
-    fetch_concurrency: Positive = option(64, "Pictures fetched at once.", metavar="N")
-    fetch_per_host: Positive = option(16, "Pictures fetched at once from one host.", metavar="N")
+    max_image_bytes: Size = option(Size(32 * 2**20), "Maximum size of an encoded image.", metavar="SIZE")
+    fetch_timeout: Timeout = option(Timeout(60), "Time limit for fetching an image, including retries.", metavar="TIME")
+    fetch_retries: Count = option(4, "Maximum number of retries of a fetch.", metavar="N")
+    fetch_concurrency: Positive = option(64, "Maximum number of concurrent fetches.", metavar="N")
+    fetch_per_host: Positive = option(16, "Maximum number of concurrent fetches from one host.", metavar="N")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """What a picture may be, and who prepares it"""
+    """Which images are accepted, and how they are prepared for the model."""
 
-    max_image_pixels: Positive = option(100_000_000, "Most pixels of one picture, told by its header.", metavar="N")
-    max_images: Positive = option(64, "Most pictures of one row.", metavar="N")
-    prepare_timeout: Timeout = option(Timeout(60), "For decoding and preparing one row's pictures.", metavar="TIME")
+    title = "Image preparation options"
+
+    max_image_pixels: Positive = option(
+        100_000_000, "Maximum number of pixels of an image, according to its header.", metavar="N"
+    )
+    max_images: Positive = option(64, "Maximum number of images per row.", metavar="N")
+    prepare_timeout: Timeout = option(
+        Timeout(60), "Time limit for decoding and preparing the images of a row.", metavar="TIME"
+    )
     look_ahead: Count = option(
-        4096, "Rows ahead among which those with the same pictures go together, these read once; 0: none.", metavar="N"
+        4096, "Look-ahead, in rows, for grouping rows that share images; 0 disables it.", metavar="N"
     )
     draft_decode: bool = option(
         False,
-        "Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where the model's tiles need no more: faster, and not the "
-        "same to the bit.",
+        "Decode large JPEGs at 1/2, 1/4 or 1/8 of their size if the model needs no more pixels: faster, but pixel "
+        "values differ slightly.",
         meaning=True,
     )
-    image_workers: Positive | None = option(None, "Processes that prepare pictures. [default: the CPUs]", metavar="N")
+    image_workers: Positive | None = option(
+        None, "Number of processes that prepare images. [default: number of CPUs]", metavar="N"
+    )
     arena_bytes: Size | None = option(
-        None, "Memory for fetched and prepared pictures. [default: an eighth of the memory, 256MiB to 8GiB an engine]",
+        None,
+        "Memory for fetched and prepared images. [default: 1/8 of the memory, from 256MiB to 8GiB per replica]",
         metavar="SIZE",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which model"""
+    """Which model to run."""
+
+    title = "Model options"
 
     model: str = option(
-        DEFAULT_MODEL, "Hugging Face name, folder, or 'shapes' for the tiny model that batchvl carries.", meaning=True
+        DEFAULT_MODEL,
+        "Name on the Hugging Face Hub, local directory, or 'shapes' for the built-in demo model.",
+        meaning=True,
+        metavar="MODEL",
     )
-    revision: str | None = option(None, "Branch, tag or commit of the model.", meaning=True)
-    trust_remote_code: bool = option(False, "Run Python code that the model's repository brings.", meaning=True)
+    revision: str | None = option(None, "Branch, tag or commit of the model.", meaning=True, metavar="REVISION")
+    trust_remote_code: bool = option(False, "Run Python code from the model's repository.", meaning=True)
     max_tiles: Positive | None = option(
-        None, "Most tiles of a picture: fewer are faster. [default: the model's]", meaning=True, metavar="N"
+        None, "Maximum number of tiles per image; fewer are faster. [default: the model's]", meaning=True, metavar="N"
     )
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option("auto", "The weights' type.", meaning=True)
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option("auto", "Data type of the weights.", meaning=True)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How answers are drawn, unless the row's `generation` tells otherwise"""
+    """How answers are generated, unless the row's `generation` column says otherwise."""
 
-    max_new_tokens: Positive = option(512, "Most tokens of an answer.", meaning=True, metavar="N")
+    title = "Sampling options"
+
+    max_new_tokens: Positive = option(512, "Maximum number of tokens in an answer.", meaning=True, metavar="N")
     temperature: Annotated[float, Meta(ge=0, le=100)] = option(
-        0.0, "0 is greedy: the likeliest token.", meaning=True, metavar="X"
+        0.0, "Sampling temperature; 0 is greedy decoding.", meaning=True, metavar="X"
     )
-    top_p: Share = option(1.0, "Draw from the likeliest tokens that sum to this share.", meaning=True, metavar="X")
-    top_k: Count = option(0, "Draw from the K likeliest tokens; 0 is no limit.", meaning=True, metavar="K")
-    repetition_penalty: Annotated[float, Meta(gt=0)] = option(1.0, "Above 1: repeat less.", meaning=True, metavar="X")
+    top_p: Share = option(
+        1.0, "Sample from the most likely tokens whose probabilities add up to X.", meaning=True, metavar="X"
+    )
+    top_k: Count = option(0, "Sample from the K most likely tokens; 0 is no limit.", meaning=True, metavar="K")
+    repetition_penalty: Annotated[float, Meta(gt=0)] = option(
+        1.0, "Penalty on tokens that occurred before; 1 is none.", meaning=True, metavar="X"
+    )
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = option(
-        0, "Each row draws with hash(seed, row).", meaning=True, metavar="N"
+        0, "Seed of random sampling, combined with the row's number.", meaning=True, metavar="N"
     )
-    stop: tuple[str, ...] = option((), "Text that ends an answer; may be repeated.", meaning=True)
+    stop: tuple[str, ...] = option((), "Text that ends an answer; repeatable.", meaning=True)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What answers"""
+    """Which engine runs the model, on which devices, and how failures are handled."""
 
-    engine: Literal["auto", "lmdeploy", "transformers", "fake"] = option("auto", "What runs the model.", meaning=True)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
-    gpus: Gpus = option(
-        Gpus(1), "One engine a GPU, or one for every --tp of them, on so many GPUs; they share the rows.",
-        metavar="N|all",
-    )  # fmt: skip
+    title = "Engine options"
+
+    engine: Literal["auto", "lmdeploy", "transformers", "fake"] = option(
+        "auto",
+        "Engine that runs the model; auto is lmdeploy if it is installed and a GPU is available, else transformers.",
+        meaning=True,
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", metavar="DEVICE")
+    gpus: Gpus = option(Gpus(1), "GPUs to use; one replica per --tp GPUs, all sharing the rows.", metavar="N|all")
     batch_size: Annotated[int, Meta(ge=1, le=65536)] | None = option(
-        None, "Rows of a list that the engine is handed. [default: the engine's]", metavar="N"
+        None, "Maximum number of rows per batch. [default: the engine's]", metavar="N"
     )
-    engine_option: tuple[str, ...] = option((), "An option of the engine itself; may be repeated.", metavar="KEY=VALUE")
-    row_timeout: Timeout = option(Timeout(1800), "For one row in the engine.", metavar="TIME")
+    engine_option: tuple[str, ...] = option((), "Option specific to the engine; repeatable.", metavar="KEY=VALUE")
+    row_timeout: Timeout = option(Timeout(1800), "Time limit for a row in the engine.", metavar="TIME")
     hang_timeout: Timeout = option(
-        Timeout(300), "An engine that makes no progress for so long is ended and started again.", metavar="TIME"
+        Timeout(300), "Restart an engine that makes no progress for this time.", metavar="TIME"
     )
-    start_timeout: Timeout = option(Timeout(3600), "For loading the model.", metavar="TIME")
+    start_timeout: Timeout = option(Timeout(3600), "Time limit for loading the model.", metavar="TIME")
     engine_memory: Size | None = option(
-        None,
-        "Memory of one engine's processes at which they are started afresh. [default: 3/4 of its part of the memory]",
-        metavar="SIZE",
+        None, "Restart an engine whose memory exceeds this. [default: 3/4 of the memory per replica]", metavar="SIZE"
     )
-    retries: Count = option(2, "Times that a row is asked again after a failure that may pass.", metavar="N")
+    retries: Count = option(2, "Maximum number of retries of a row after a transient failure.", metavar="N")
     max_idle_gpu: Duration = option(
-        Duration(120), "Rows that wait for a retry are given up once the engine has idled so long.", metavar="TIME"
+        Duration(120),
+        "Give up on rows that wait for a retry once the engine has been idle for this time.",
+        metavar="TIME",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class LmdeployOptions:
-    """What the engine lmdeploy is told; any other field of its configuration by --engine-option"""
+    """Options of the engine lmdeploy. Its other settings are available through `--engine-option`."""
+
+    title = "LMDeploy options"
 
     backend: Literal["auto", "turbomind", "pytorch"] = option(
-        "auto", "What computes; auto is TurboMind where it loads and serves the model."
+        "auto", "Backend; auto is turbomind if it can be loaded and supports the model, else pytorch."
     )
-    tp: Positive = option(1, "GPUs that share the model (tensor parallelism).", metavar="N")
+    tp: Positive = option(1, "Number of GPUs per replica (tensor parallelism).", metavar="N")
     session_len: Positive | None = option(
-        None, "Most tokens of prompt, pictures and answer. [default: the model's]", metavar="N"
+        None, "Maximum number of tokens in prompt, images and answer. [default: the model's]", metavar="N"
     )
     cache_max_entry_count: Annotated[float, Meta(gt=0, lt=1)] = option(
-        0.8, "Share of the free GPU memory for the k/v cache.", metavar="SHARE"
+        0.8, "Share of the free GPU memory for the KV cache.", metavar="X"
     )
     model_format: str | None = option(
-        None, "How the weights are quantised: awq, gptq, fp8, … [default: as the model says]", meaning=True
+        None,
+        "Quantization of the weights: awq, gptq, fp8 and others. [default: read from the model's configuration]",
+        meaning=True,
+        metavar="FORMAT",
     )
     quant_policy: Count = option(
-        0, "How the k/v cache is quantised, by LMDeploy's numbers: 8 and 4 (bits), 16 (FP8).", meaning=True, metavar="N"
+        0, "Quantization of the KV cache: 0 (none), 4 or 8 (bits), 16 (FP8).", meaning=True, metavar="N"
     )
     chat_template: str | None = option(
-        None, "A chat template that LMDeploy knows by name, or a JSON file. [default: the model's]", meaning=True
+        None,
+        "Name of a chat template of LMDeploy, or a JSON file. [default: the model's]",
+        meaning=True,
+        metavar="NAME|FILE",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """Where answers go, and when the run ends"""
+    """Where results go, and when a run stops."""
+
+    title = "Output options"
 
     output: str | None = option(
-        None, "Folder of the output, or s3://BUCKET/PREFIX. [default: MANIFEST-batchvl beside it]", metavar="DIR"
+        None, "Output directory, or s3://BUCKET/PREFIX. [default: MANIFEST-batchvl, next to MANIFEST]", metavar="DIR"
     )
-    commit_seconds: Duration = option(Duration(1), "Answers are on disk after at most so long.", metavar="TIME")
+    commit_seconds: Duration = option(Duration(1), "Maximum time until an answer is on disk.", metavar="TIME")
     upload_seconds: Duration = option(
-        Duration(300), "Answers are on an object store, if -o is one, after at most about so long.", metavar="TIME"
+        Duration(300), "Approximate maximum time until an answer is on the object store.", metavar="TIME"
     )
     work: str | None = option(
-        None, "Folder for what of an output on an object store has to lie on a disk. [default: ~/.local/state/batchvl]",
-        metavar="DIR",
-    )  # fmt: skip
-    part_rows: Positive = option(10_000, "Rows of a part file.", metavar="N")
-    accept_failures: str = option("0", "So many rows, or P%, may fail in a complete run.", metavar="N|P%")
-    max_failures: str | None = option(None, "Stop once more than so many rows, or P%, have failed.", metavar="N|P%")
+        None, "Local working directory for output on an object store. [default: ~/.local/state/batchvl]", metavar="DIR"
+    )
+    part_rows: Positive = option(10_000, "Number of rows per part file.", metavar="N")
+    accept_failures: str = option("0", "Failed rows allowed for exit code 0: a number or P%.", metavar="N|P%")
+    max_failures: str | None = option(None, "Stop when more rows have failed: a number or P%.", metavar="N|P%")
     stop_after: Timeout | None = option(
-        None, "Stop so long after the start, as on a signal: exit code 75, and the same command goes on.",
-        metavar="TIME",
-    )  # fmt: skip
-    grace: Duration = option(Duration(20), "For rows that are in the engine when the run is stopped.", metavar="TIME")
+        None, "Stop after this time, with exit code 75; the same command resumes the run.", metavar="TIME"
+    )
+    grace: Duration = option(
+        Duration(20), "Time for rows in the engine to finish when the run is stopped.", metavar="TIME"
+    )
 
 
 GROUPS = (
-    ManifestOptions, PromptOptions, FetchOptions, ImageOptions,
-    ModelOptions, SamplingOptions, EngineOptions, LmdeployOptions, OutputOptions,
-)  # fmt: skip
+    ManifestOptions,
+    PromptOptions,
+    FetchOptions,
+    ImageOptions,
+    ModelOptions,
+    SamplingOptions,
+    EngineOptions,
+    LmdeployOptions,
+    OutputOptions,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """All options of a run, by concern."""
+    """All options of a run, by group."""
 
     manifest: ManifestOptions = ManifestOptions()
     prompt: PromptOptions = PromptOptions()
@@ -238,9 +302,10 @@ class RunOptions:
 
     @classmethod
     def of(cls, **values: Any) -> RunOptions:
-        """Options by their flat names; what is left out or None has its default.
+        """Return the options with these values. Options that are left out or None have their defaults.
 
-        Raises OptionError for an unknown name or a value that the option cannot have.
+        Raises:
+            OptionError: A name is unknown or a value is invalid.
 
         >>> RunOptions.of(model="shapes", fetch_timeout="2m").fetch.fetch_timeout
         120.0
@@ -249,21 +314,23 @@ class RunOptions:
             if name not in NAMES:
                 raise OptionError(f"unknown option {name!r}; the options are {', '.join(sorted(NAMES))}")
         groups = {}
-        for group, kind in zip(fields(cls), GROUPS, strict=True):
-            own = {f.name: convert(f.name, values[f.name]) for f in fields(kind) if values.get(f.name) is not None}
-            groups[group.name] = kind(**own)
+        for group, group_type in zip(fields(cls), GROUPS, strict=True):
+            group_values = {
+                f.name: convert(f.name, values[f.name]) for f in fields(group_type) if values.get(f.name) is not None
+            }
+            groups[group.name] = group_type(**group_values)
         return cls(**groups)
 
     def flat(self) -> dict[str, Any]:
-        """Every option by its flat name."""
+        """Return every option's value by its name."""
         return {
             f.name: getattr(getattr(self, group.name), f.name)
-            for group, kind in zip(fields(self), GROUPS, strict=True)
-            for f in fields(kind)
+            for group, group_type in zip(fields(self), GROUPS, strict=True)
+            for f in fields(group_type)
         }
 
     def meaning(self) -> dict[str, Any]:
-        """The options that change what an answer means, by flat name, as JSON holds them: the resume guard's list."""
+        """Return the options that change what an answer means, by name, as JSON represents their values."""
         values = self.flat()
         return {
             f.name: msgspec.to_builtins(values[f.name], enc_hook=enc_hook) for f in all_fields() if f.name in MEANING
@@ -271,53 +338,62 @@ class RunOptions:
 
 
 def all_fields() -> Iterator[Field[Any]]:
-    """Every option's field, group by group."""
+    """Yield the field of every option, group by group."""
     for group in GROUPS:
         yield from fields(group)
 
 
-OPTION_TYPES = {name: hint for group in GROUPS for name, hint in get_type_hints(group, include_extras=True).items()}
+def _types(group: type) -> dict[str, Any]:
+    hints = get_type_hints(group, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(group)}
+
+
+OPTION_TYPES = {name: hint for group in GROUPS for name, hint in _types(group).items()}
 NAMES = frozenset(OPTION_TYPES)
 MEANING = frozenset(field.name for field in all_fields() if field.metadata["meaning"])
 RETRY_OPTIONS = NAMES - MEANING - {"output", "limit"}
-"""Options that a retry of failed rows takes: the meaning of answers stays, and so does the place."""
+"""Options that a retry of failed rows accepts: those that change neither what an answer means nor where it is."""
 
 
-def convert(name: str, value: Any, where: str | None = None) -> Any:
-    """A value from a flag, a variable or a job file as the option's type.
+def convert(name: str, value: Any, source: str | None = None) -> Any:
+    """Convert a value from a flag, a variable or a job file to the option's type.
 
-    where: what gave it; the flag by default. Raises OptionError naming that, what was found and what is wanted.
+    Args:
+        name: The option's name.
+        value: The value.
+        source: Where the value comes from, for error messages; the flag by default.
+
+    Raises:
+        OptionError: The value is invalid.
 
     >>> convert("max_image_bytes", "32MB"), convert("stop", "###")
     (32000000, ('###',))
     """
     hint = OPTION_TYPES[name]
-    value = _as_text(value)
+    value = _path_to_text(value)
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         if get_origin(hint) is tuple:
             value = (value,)
         elif hint in (str, str | None):
             value = str(value)
     elif isinstance(value, list | tuple):
-        value = tuple(_as_text(item) for item in value)
+        value = tuple(_path_to_text(item) for item in value)
     try:
-        if hint is Shard:  # msgspec knows dataclasses, and would ask for an object
+        if hint is Shard:  # msgspec would decode a dataclass from an object
             return dec_hook(Shard, value)
         if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"want one of {', '.join(get_args(hint))}")
+            raise ValueError(f"expected one of {', '.join(get_args(hint))}")
         return msgspec.convert(value, hint, strict=not isinstance(value, str), dec_hook=dec_hook)
     except (msgspec.ValidationError, ValueError) as error:
-        reason = explain(error)
-        found = "" if repr(value) in reason else f"; found {value!r}"
-        raise OptionError(f"{where or flag(name)}: {reason}{found}") from None
+        raise OptionError(f"{source or flag(name)}: {explain(error)}; found {value!r}") from None
 
 
-def _as_text(value: Any) -> Any:
+def _path_to_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def flag(name: str) -> str:
-    """The option as it is written on the command line.
+    """Return the flag of an option.
 
     >>> flag("max_new_tokens")
     '--max-new-tokens'
@@ -326,7 +402,7 @@ def flag(name: str) -> str:
 
 
 def env_variable(name: str) -> str:
-    """The environment variable of an option.
+    """Return the environment variable of an option.
 
     >>> env_variable("model")
     'BATCHVL_MODEL'
@@ -334,6 +410,6 @@ def env_variable(name: str) -> str:
     return "BATCHVL_" + name.upper()
 
 
-def default(found: Field[Any]) -> Any:
-    """A field's default, None where it has none of its own."""
-    return None if found.default is MISSING else found.default
+def default(field: Field[Any]) -> Any:
+    """Return the default of a field, or None if it has none."""
+    return None if field.default is MISSING else field.default

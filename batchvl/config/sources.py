@@ -1,4 +1,4 @@
-"""Where options come from: flags, the environment, a TOML job file."""
+"""The sources of options: flags, environment variables and a TOML job file, in this order of precedence."""
 
 from __future__ import annotations
 
@@ -17,46 +17,65 @@ JOB_FILE = "batchvl.toml"
 def resolve_options(
     manifest: str | os.PathLike[str] | None, config: str | None, options: dict[str, Any]
 ) -> tuple[str, RunOptions]:
-    """What a run was told, all places taken together: the manifest, and every option. Raises OptionError."""
+    """Combine all sources.
+
+    Args:
+        manifest: The manifest that the command names, if any; it has precedence over the job file's.
+        config: Path of the job file. By default, a file `batchvl.toml` next to the manifest is read if it exists.
+        options: Values of flags or keyword arguments; None and () mean not given.
+
+    Returns:
+        The manifest and the options.
+
+    Raises:
+        OptionError: A value is invalid, or no source names a manifest.
+    """
     job = read_job_file(config) if config else {}
-    named = job.pop("manifest", None)
+    job_manifest = job.pop("manifest", None)
     if manifest is not None and not isinstance(manifest, str | os.PathLike):
-        raise OptionError(f"the manifest is a path or a glob; found {manifest!r:.80}")
-    source = os.fspath(manifest) if manifest is not None else named
+        raise OptionError(f"manifest: expected a path or a glob; found {manifest!r:.80}")
+    source = os.fspath(manifest) if manifest is not None else job_manifest
     if source is None:
-        raise OptionError("no manifest: name one, or write `manifest = ...` into the job file of --config")
-    beside = Path(source).parent / JOB_FILE
-    if not config and beside.is_file():
-        job = {name: value for name, value in read_job_file(beside).items() if name != "manifest"}
+        raise OptionError("no manifest: name one, or set `manifest = …` in the job file of --config")
+    default_file = Path(source).parent / JOB_FILE
+    if not config and default_file.is_file():
+        job = {name: value for name, value in read_job_file(default_file).items() if name != "manifest"}
     return source, RunOptions.of(**merge_sources(options, os.environ, job))
 
 
-def merge_sources(
-    flags: Mapping[str, Any], environment: Mapping[str, str], job: Mapping[str, Any]
-) -> dict[str, Any]:  # fmt: skip
-    """Flat values by precedence: flags, then BATCHVL_* variables, then the job file.
+def merge_sources(flags: Mapping[str, Any], environment: Mapping[str, str], job: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge values by precedence: flags, then `BATCHVL_*` variables, then the job file.
 
-    None and () mean not given, and so does an empty variable. Raises OptionError for a variable's value.
+    None, () and empty variables mean not given.
+
+    Returns:
+        Values by the options' names.
+
+    Raises:
+        OptionError: A variable's value is invalid.
     """
     values = dict(job)
-    values |= {n: convert(n, text, env_variable(n)) for n in NAMES if (text := environment.get(env_variable(n)))}
-    values |= {name: value for name, value in flags.items() if value is not None and value != ()}
-    return values
+    for name in NAMES:
+        if text := environment.get(env_variable(name)):
+            values[name] = convert(name, text, env_variable(name))
+    return values | {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
 def read_job_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The options of a TOML job file, and its `manifest` if it names one.
+    """Return the options in a TOML job file, and its `manifest` if it names one.
 
-    Raises OptionError where the file is missing, is not TOML, names an unknown option or has a value that it cannot
-    have. Paths are relative to the file.
+    Relative paths are resolved against the directory of the file.
+
+    Raises:
+        OptionError: The file cannot be read, is not TOML, or has an unknown option or an invalid value.
     """
     file = Path(path)
     try:
         job = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise OptionError(f"{file}: cannot be read: {error.strerror}") from None
+        raise OptionError(f"{file}: cannot read the job file: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"{file}: is not TOML: {error}") from None
+        raise OptionError(f"{file}: not valid TOML: {error}") from None
     job = {name.replace("-", "_"): value for name, value in job.items()}
     for name in job:
         if name != "manifest" and name not in NAMES:

@@ -1,4 +1,4 @@
-"""What options are made of besides numbers and text: sizes, times, shards, bounds on failures."""
+"""Types of option values beyond numbers and text: sizes, durations, shards, numbers of GPUs, limits on failures."""
 
 from __future__ import annotations
 
@@ -8,32 +8,23 @@ from typing import Any
 
 from ..errors import OptionError
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
-
-_LARGEST = 2**50
-_MOST_GPUS = 64
-_LONGEST = 366 * 86400.0
-
-
-def pluralize(number: int, what: str = "row") -> str:
-    """So many of them, for people.
-
-    >>> pluralize(1), pluralize(1200), pluralize(0, "picture")
-    ('1 row', '1,200 rows', '0 pictures')
-    """
-    return f"{number:,} {what}{'s' * (number != 1)}"
+_MAX_SIZE = 2**50
+_MAX_GPUS = 64
+_MAX_SECONDS = 366 * 86400.0
 
 
 class Gpus(int):
-    """A number of GPUs, written as such or as all; 0 is all."""
+    """A number of GPUs, or 0 for all of them; written as a number or `all`."""
 
     @classmethod
     def parse(cls, value: Any) -> Gpus:
         text = str(value).strip().lower()
-        if text != "all" and not (text.isdecimal() and 1 <= int(text) <= _MOST_GPUS):
-            raise ValueError(f"{value!r} is no number of GPUs: want 1, 2, … or all")
+        if text != "all" and not (text.isdecimal() and 1 <= int(text) <= _MAX_GPUS):
+            raise ValueError("expected a number of GPUs (1, 2, …) or 'all'")
         return cls(0 if text == "all" else text)
 
     def __str__(self) -> str:
@@ -45,16 +36,16 @@ class Size(int):
 
     @classmethod
     def parse(cls, value: Any) -> Size:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", str(value).strip().lower())
-        size = float(found[1]) * _UNITS[found[2] or ""] if found else 0.0
-        if not 1 <= size <= _LARGEST:
-            raise ValueError(f"{value!r} is no size: want bytes, such as 500000, 32MB or 4GiB")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", str(value).strip().lower())
+        size = float(match[1]) * _BYTES[match[2] or ""] if match else 0.0
+        if not 1 <= size <= _MAX_SIZE:
+            raise ValueError("expected a size, such as 500000 (bytes), 32MB or 4GiB")
         return cls(size)
 
     def __str__(self) -> str:
-        for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-            if self and self % bytes_ == 0:
-                return f"{self // bytes_}{unit}"
+        for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if self and self % factor == 0:
+                return f"{self // factor}{unit}"
         return str(int(self))
 
 
@@ -63,26 +54,27 @@ class Duration(float):
 
     @classmethod
     def parse(cls, value: Any) -> Duration:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|)", str(value).strip().lower())
-        seconds = float(found[1]) * _SECONDS[found[2]] if found else _LONGEST + 1
-        if seconds > _LONGEST:
-            raise ValueError(f"{value!r} is no duration: want seconds, such as 90, 90s, 15m or 2h")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|)", str(value).strip().lower())
+        seconds = float(match[1]) * _SECONDS[match[2]] if match else None
+        if seconds is None or seconds > _MAX_SECONDS:
+            raise ValueError("expected a duration of at most a year, such as 90 (seconds), 15m or 2h")
         return cls(seconds)
 
     def __str__(self) -> str:
+        for unit, factor in (("h", 3600), ("m", 60)):
+            if self and self % factor == 0:
+                return f"{self / factor:g}{unit}"
         return f"{float(self):g}s"
 
 
 class Timeout(Duration):
-    """A Duration after which something is given up: never 0, which would give up everything."""
+    """A `Duration` above 0, after which something fails."""
 
     @classmethod
     def parse(cls, value: Any) -> Timeout:
         seconds = Duration.parse(value)
         if not seconds:
-            raise ValueError(
-                f"{value!r} would give up everything: want a time above 0; a long one is no limit, such as 7d"
-            )
+            raise ValueError("expected a duration above 0 (for practically no limit, a long one such as 7d)")
         return cls(seconds)
 
 
@@ -95,13 +87,13 @@ class Shard:
 
     @classmethod
     def parse(cls, value: Any) -> Shard:
-        found = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
-        if not found or not int(found[1]) < int(found[2]):
-            raise ValueError(f"{value!r} is no shard: want I/N with 0 <= I < N, such as 0/8")
-        return cls(int(found[1]), int(found[2]))
+        match = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
+        if not match or not int(match[1]) < int(match[2]):
+            raise ValueError("expected I/N with 0 <= I < N, such as 0/8")
+        return cls(int(match[1]), int(match[2]))
 
     def rows(self, total: int) -> range:
-        """The shard's rows of `total`.
+        """Return this shard's rows of a manifest with `total` rows.
 
         >>> Shard(1, 3).rows(10)
         range(3, 6)
@@ -113,38 +105,52 @@ class Shard:
 
 
 def dec_hook(kind: type, value: Any) -> Any:
-    """msgspec's dec_hook for the types of options."""
+    """Decode a value of one of these types: msgspec's `dec_hook`."""
     return value if isinstance(value, kind) else kind.parse(value)  # type: ignore[attr-defined]
 
 
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-
-
-def explain(error: Exception) -> str:
-    """What msgspec, or a `dec_hook`, wants instead of a value, in plain words.
-
-    >>> explain(ValueError("Expected `int` >= 1 - at `$.batch_size`"))
-    'want a whole number >= 1'
-    """
-    reason = re.sub(r" - at `\$.*`|, got `\w+`", "", str(error))
-    return re.sub(r"Expected `(\w+)(?: \| null)?`", lambda match: f"want {_WORDS.get(match[1], match[1])}", reason)
-
-
 def enc_hook(value: Any) -> Any:
-    """msgspec's enc_hook for the types of options: numbers stay numbers, the rest is as it is written."""
+    """Encode a value of one of these types: msgspec's `enc_hook`. Sizes and durations become numbers, others text."""
     return float(value) if isinstance(value, Duration) else int(value) if isinstance(value, Size) else str(value)
 
 
-def parse_failure_limit(text: str, of: int, where: str = "") -> float:
-    """A bound written as a number of rows or as P% of `of` rows. Raises OptionError, naming `where`.
+def explain(error: Exception) -> str:
+    """Rephrase a validation error of msgspec in plain words. Errors of `dec_hook` are returned as they are.
+
+    >>> explain(ValueError("Expected `int` >= 1 - at `$.batch_size`"))
+    'expected a whole number >= 1'
+    """
+    reason = re.sub(r" - at `\$.*`|, got `\w+`", "", str(error))
+    return re.sub(
+        r"Expected `(\w+)(?: \| null)?`", lambda match: f"expected {_TYPE_NAMES.get(match[1], match[1])}", reason
+    )
+
+
+def parse_failure_limit(text: str, total: int, source: str = "") -> float:
+    """Parse a limit on failed rows, written as a number or as a percentage of all rows.
+
+    Args:
+        text: The limit, such as "100" or "1%".
+        total: Number of rows of which the percentage is taken.
+        source: The flag or variable that holds the limit, for the error message.
+
+    Raises:
+        OptionError: The text is neither.
 
     >>> parse_failure_limit("5", 200), parse_failure_limit("5%", 200)
     (5.0, 10.0)
     """
-    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)\s*%", text.strip())
-    if not found or float(found[2] or 0) > 100:
-        lead = where and f"{where}: "
-        raise OptionError(
-            f"{lead}{text!r} is no bound on failures: want a number of rows (100) or a share of them (1%)"
-        )
-    return float(found[1]) if found[1] else float(found[2]) * of / 100
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)\s*%", text.strip())
+    if not match or float(match[2] or 0) > 100:
+        prefix = source and f"{source}: "
+        raise OptionError(f"{prefix}expected a number (100) or a percentage (1%) of rows; found {text!r}")
+    return float(match[1]) if match[1] else float(match[2]) * total / 100
+
+
+def pluralize(number: int, noun: str = "row") -> str:
+    """Format a count with its noun.
+
+    >>> pluralize(1), pluralize(1200), pluralize(0, "image")
+    ('1 row', '1,200 rows', '0 images')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"

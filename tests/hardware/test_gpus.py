@@ -108,8 +108,8 @@ def test_the_fake_engine_needs_no_gpu(dev):
         ({"gpus": "all", "device": "cpu"}, "--gpus all: conflicts with --device cpu"),
         ({"gpus": 2, "device": "cpu", "engine": "fake"}, "--device cpu"),
         ({"gpus": 2, "engine": "transformers", "variable": "-1"}, "--gpus 2: found no NVIDIA GPU"),
-        ({"gpus": 0}, "--gpus: 0 is no number of GPUs: want 1, 2, … or all"),
-        ({"gpus": "some"}, "--gpus: 'some' is no number of GPUs"),
+        ({"gpus": 0}, "--gpus: expected a number of GPUs (1, 2, …) or 'all'; found 0"),
+        ({"gpus": "some"}, "--gpus: expected a number of GPUs (1, 2, …) or 'all'; found 'some'"),
     ],
 )
 def test_invalid_assignments(options, message, dev):
