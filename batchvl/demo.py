@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from .errors import EngineUnavailable, OptionError
-from .prompts.template import IMAGE_TOKEN
+from .prompts.tokens import IMAGE_TOKEN
 from .runner.job import run
 from .shapes.scenes import KINDS, ask_about, ask_about_pair, draw_scene, make_scene
 

@@ -1,4 +1,4 @@
-"""Rows in: Parquet, JSONL, CSV, or a folder of pictures."""
+"""Manifests: the rows of Parquet, JSONL or CSV files, or of a directory of images."""
 
 from .manifest import Manifest, Schema
 

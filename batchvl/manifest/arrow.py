@@ -1,4 +1,4 @@
-"""Arrow's types: which fit which column of a manifest."""
+"""Arrow types of manifest columns, and which of them fit which role."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .columns import Columns
 from .rows import IdType
 
 
-def label_type(kind: pa.DataType) -> IdType | None:
-    """What ids of an Arrow type are; None where all are null."""
-    kind = plain(kind)
+def id_type(kind: pa.DataType) -> IdType | None:
+    """Return the type of ids in a column of this type; None if all of its values are null."""
+    kind = storage_type(kind)
     return None if types.is_null(kind) else "int64" if types.is_integer(kind) else "string"
 
 
-def plain(kind: pa.DataType) -> pa.DataType:
-    """The type of a column's values, without dictionary or extension."""
+def storage_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of a column's values, without dictionary or extension."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     return kind.value_type if types.is_dictionary(kind) else kind
 
 
-def beyond_python(kind: pa.DataType) -> bool:
-    """Whether values are finer than Python's times: Arrow then raises an error, or needs pandas."""
+def exceeds_python_precision(kind: pa.DataType) -> bool:
+    """Return whether values have nanoseconds, which Python's times lack: Arrow raises an error or needs pandas."""
     temporal = types.is_timestamp(kind) or types.is_time64(kind) or types.is_duration(kind)
     return bool(temporal and kind.unit == "ns")
 
@@ -48,32 +48,32 @@ def _is_prompt(kind: pa.DataType) -> bool:
     return _is_string(kind) or (_is_list(kind) and (_is_string(kind.value_type) or types.is_null(kind.value_type)))
 
 
-def _is_chat(kind: pa.DataType) -> bool:
+def _is_messages(kind: pa.DataType) -> bool:
     return _is_string(kind) or (_is_list(kind) and types.is_struct(kind.value_type))
 
 
-def _is_picture(kind: pa.DataType) -> bool:
+def _is_image(kind: pa.DataType) -> bool:
     if _is_list(kind):
-        return not _is_list(kind.value_type) and (_is_picture(kind.value_type) or types.is_null(kind.value_type))
+        return not _is_list(kind.value_type) and (_is_image(kind.value_type) or types.is_null(kind.value_type))
     if types.is_struct(kind):
         return any(field.name in ("bytes", "path") for field in kind)
     return _is_string(kind) or _is_binary(kind)
 
 
-def _is_label(kind: pa.DataType) -> bool:
+def _is_id(kind: pa.DataType) -> bool:
     return bool(types.is_integer(kind) or _is_string(kind))
 
 
-def _is_settings(kind: pa.DataType) -> bool:
+def _is_generation(kind: pa.DataType) -> bool:
     return bool(types.is_struct(kind) or types.is_map(kind) or _is_string(kind))
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_template_value(kind: pa.DataType) -> bool:
     return not _is_binary(kind)
 
 
 class ColumnSpec(NamedTuple):
-    """What a column is for: which types fit, in words too, and the flag that names another column."""
+    """The types that fit a role, the same in words, and the flag that names another column for it."""
 
     fits: Callable[[pa.DataType], bool]
     wanted: str
@@ -81,18 +81,22 @@ class ColumnSpec(NamedTuple):
 
 
 _PROMPT = ColumnSpec(_is_prompt, "strings, or lists of strings", "--prompt-column")
-_MESSAGES = ColumnSpec(_is_chat, "lists of structs, or JSON in strings", "--messages-column")
-_IMAGES = ColumnSpec(_is_picture, "strings, binary, {bytes, path}, or lists of these", "--image-column")
-_ID = ColumnSpec(_is_label, "integers or strings", "--id-column")
-_GENERATION = ColumnSpec(_is_settings, "structs, maps, or JSON in strings", "--generation-column")
-_TEMPLATE = ColumnSpec(_is_text, "what can be written as text", "--prompt")
+_MESSAGES = ColumnSpec(_is_messages, "lists of structs, or JSON in strings", "--messages-column")
+_IMAGES = ColumnSpec(_is_image, "strings, binary, {bytes, path}, or lists of these", "--image-column")
+_ID = ColumnSpec(_is_id, "integers or strings", "--id-column")
+_GENERATION = ColumnSpec(_is_generation, "structs, maps, or JSON in strings", "--generation-column")
+_TEMPLATE = ColumnSpec(_is_template_value, "values that can be written as text", "--prompt")
 
 
 def column_specs(columns: Columns) -> Iterator[tuple[str, ColumnSpec]]:
-    """The columns with what each is for; those of `--keep` may be anything."""
+    """Yield the columns with the types that they may have. Columns of `--keep` may have any."""
     single = (
-        (columns.prompt, _PROMPT), (columns.messages, _MESSAGES), (columns.images, _IMAGES), (columns.image, _IMAGES),
-        (columns.id, _ID), (columns.generation, _GENERATION),
-    )  # fmt: skip
-    yield from ((name, use) for name, use in single if name is not None)
+        (columns.prompt, _PROMPT),
+        (columns.messages, _MESSAGES),
+        (columns.images, _IMAGES),
+        (columns.image, _IMAGES),
+        (columns.id, _ID),
+        (columns.generation, _GENERATION),
+    )
+    yield from ((name, spec) for name, spec in single if name is not None)
     yield from ((name, _TEMPLATE) for name in columns.template)

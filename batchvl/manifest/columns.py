@@ -1,4 +1,4 @@
-"""Which columns of a manifest are read, and what each is for."""
+"""The columns of a manifest that a run reads, by role."""
 
 from __future__ import annotations
 
@@ -7,75 +7,116 @@ from dataclasses import dataclass, fields
 
 from ..config.options import ManifestOptions, flag
 from ..errors import ManifestError
+from ..prompts.template import quote_names
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The columns by what they are for; None for one that the manifest lacks."""
+    """Column names by role; None for a role that no column has."""
 
     id: str | None = None
     prompt: str | None = None
     messages: str | None = None
     images: str | None = None
     image: str | None = None
-    """Read where `images` is null."""
+    """Read in rows where `images` is null."""
     generation: str | None = None
     template: tuple[str, ...] = ()
+    """Columns that the prompt template names."""
     keep: tuple[str, ...] = ()
+    """Columns that are copied to the output."""
 
     @property
-    def read(self) -> tuple[str, ...]:
-        """Every column that is read, once."""
+    def names(self) -> tuple[str, ...]:
+        """The columns to read, without repetitions. Readers return cells in this order."""
         single = (self.id, self.prompt, self.messages, self.images, self.image, self.generation)
         return tuple(dict.fromkeys(name for name in (*single, *self.template, *self.keep) if name is not None))
 
     @property
     def has_prompts(self) -> bool:
-        """Whether rows bring a question of their own."""
+        """Whether rows have prompts of their own."""
         return self.prompt is not None or self.messages is not None
 
 
-_DEFAULTS = {f.name: f.default for f in fields(ManifestOptions)}
+_DEFAULTS = {field.name: field.default for field in fields(ManifestOptions)}
 
 
-def choose(options: ManifestOptions, template: Iterable[str], available: tuple[str, ...], where: str) -> Columns:
-    """The columns to read of those that are there.
+def choose_columns(
+    options: ManifestOptions, template: Iterable[str], available: tuple[str, ...], where: str
+) -> Columns:
+    """Assign the available columns to roles.
 
-    A column that an option names must be there; the defaults need not. Naming one of `--prompt-column` and
-    `--messages-column` leaves the other's default column unread. `{prompt}` in a template is the row's own prompt,
-    whichever column that is. Raises ManifestError naming the columns that are there and the flag.
+    A column that an option names must exist; a default column need not. If only one of `--prompt-column` and
+    `--messages-column` is given, the other's default column is not read. `{prompt}` in a template is the row's own
+    prompt, whichever column holds it.
+
+    Args:
+        options: The column options.
+        template: The columns that the prompt template names.
+        available: The columns that the manifest has.
+        where: The manifest, for error messages.
+
+    Raises:
+        ManifestError: A named column does not exist. The message lists those that do.
     """
-
-    def missing(name: str, told_by: str) -> ManifestError:
-        there = ", ".join(map(repr, available[:40])) + (", …" if len(available) > 40 else "") or "none"
-        return ManifestError(f"{where}: no column {name!r}, which {told_by} names; the columns are {there}")
-
-    def named(option: str) -> str | None:
-        name: str | None = getattr(options, option)
-        if name is not None and name in available:
-            return name
-        if name != _DEFAULTS[option]:
-            raise missing(str(name), flag(option))
-        return None
-
-    prompt, messages = named("prompt_column"), named("messages_column")
-    if prompt != _DEFAULTS["prompt_column"] and messages == _DEFAULTS["messages_column"] and prompt is not None:
-        messages = None
-    elif messages != _DEFAULTS["messages_column"] and prompt == _DEFAULTS["prompt_column"] and messages is not None:
-        prompt = None
-    if options.image_column is None:
-        images, image = ("images" if "images" in available else None), ("image" if "image" in available else None)
-    else:
-        images, image = named("image_column"), None
-    for name in options.keep:
-        if name not in available:
-            raise missing(name, "--keep")
-    own = {"prompt"} if prompt is not None else set()
-    wanted = tuple(dict.fromkeys(name for name in template if name not in own))
-    for name in wanted:
-        if name not in available:
-            raise missing(name, "the prompt's template")
+    choice = _Choice(options, available, where)
+    prompt, messages = choice.prompts()
+    images, image = choice.images()
     return Columns(
-        named("id_column"), prompt, messages, images, image, named("generation_column"), wanted,
-        tuple(dict.fromkeys(options.keep)),
-    )  # fmt: skip
+        id=choice.named("id_column"),
+        prompt=prompt,
+        messages=messages,
+        images=images,
+        image=image,
+        generation=choice.named("generation_column"),
+        template=choice.all_of((n for n in template if n != "prompt" or prompt is None), "the prompt template"),
+        keep=choice.all_of(options.keep, "--keep"),
+    )
+
+
+class _Choice:
+    """Looks up the columns that options name among those available."""
+
+    def __init__(self, options: ManifestOptions, available: tuple[str, ...], where: str) -> None:
+        self._options, self._available, self._where = options, available, where
+
+    def prompts(self) -> tuple[str | None, str | None]:
+        """Return the columns of prompts and of messages."""
+        prompt, messages = self.named("prompt_column"), self.named("messages_column")
+        prompt_given, messages_given = self._is_given("prompt_column"), self._is_given("messages_column")
+        if prompt_given and not messages_given:
+            return prompt, None
+        if messages_given and not prompt_given:
+            return None, messages
+        return prompt, messages
+
+    def images(self) -> tuple[str | None, str | None]:
+        """Return the column of images and the one that is read where the first is null."""
+        if self._is_given("image_column"):
+            return self.named("image_column"), None
+        return self._if_available("images"), self._if_available("image")
+
+    def named(self, option: str) -> str | None:
+        """Return the column that an option names; None if its default column does not exist."""
+        name: str = getattr(self._options, option)
+        if name not in self._available and self._is_given(option):
+            raise self._missing(name, flag(option))
+        return self._if_available(name)
+
+    def all_of(self, names: Iterable[str], source: str) -> tuple[str, ...]:
+        """Return the names without repetitions. Each must exist."""
+        names = tuple(dict.fromkeys(names))
+        for name in names:
+            if name not in self._available:
+                raise self._missing(name, source)
+        return names
+
+    def _is_given(self, option: str) -> bool:
+        return bool(getattr(self._options, option) != _DEFAULTS[option])
+
+    def _if_available(self, name: str) -> str | None:
+        return name if name in self._available else None
+
+    def _missing(self, name: str, source: str) -> ManifestError:
+        there = quote_names(self._available)
+        return ManifestError(f"{self._where}: no column {name!r}, which {source} names; the columns are {there}")

@@ -1,4 +1,4 @@
-"""Which files a manifest consists of: one file, a folder of them, or a glob; or a folder of pictures."""
+"""The files of a manifest: one file, a directory or a glob of files, or a directory of images."""
 
 from __future__ import annotations
 
@@ -12,82 +12,97 @@ from typing import Literal
 
 from ..errors import ManifestError
 
-Format = Literal["parquet", "jsonl", "csv", "pictures"]
+Format = Literal["parquet", "jsonl", "csv", "images"]
 
-COMPRESSED = (".gz", ".zst")
-MANIFESTS: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
-PICTURES = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".mpo",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k",
-}  # fmt: skip
-SUPPORTED = ".parquet, .jsonl, .ndjson or .csv (text also as .gz or .zst), or a folder of pictures"
+FORMAT_NOUNS: dict[Format, str] = {
+    "parquet": "Parquet file",
+    "jsonl": "JSONL file",
+    "csv": "CSV file",
+    "images": "image",
+}
+"""One file of each format, in words."""
+MANIFEST_SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+"""Suffixes that text formats may have after their own. Parquet compresses inside the file."""
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".mpo"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
+    }
+)
+SUPPORTED = ".parquet, .jsonl, .ndjson or .csv (text also as .gz or .zst), or a directory of images"
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A manifest's files, sorted by their paths relative to `folder`."""
+    """A manifest's files, sorted by their paths relative to `directory`."""
 
-    folder: Path
+    directory: Path
     format: Format
     names: tuple[str, ...] | None
-    """None: every picture below the folder, walked anew each time, since there may be millions."""
+    """None: every image below the directory. It is walked on each iteration, since there may be millions."""
 
     def __iter__(self) -> Iterator[str]:
-        """The files' relative paths, in order."""
+        """Yield the files' relative paths in order."""
         if self.names is not None:
             return iter(self.names)
-        return (name for name in walk(self.folder) if format_of(name) == "pictures")
+        return (name for name in walk(self.directory) if format_of(name) == "images")
 
 
-def find(source: str | Path) -> Files:
-    """The files that `source` names.
+def find_files(source: str | Path) -> Files:
+    """Return the files that `source` names.
 
-    In a folder, manifests win over pictures, which then are what the rows name; folders below are searched too,
-    but neither hidden ones, nor names that begin with `_` or `.`, nor an output folder of batchvl.
+    A directory is searched with all its subdirectories, except names that begin with `_` or `.` and output directories
+    of batchvl. If it has both manifests and images, the manifests count: the images are what their rows refer to.
 
-    Raises ManifestError where there is nothing, nothing of a known format, or manifests of several formats.
+    Raises:
+        ManifestError: Nothing is found, nothing of a known format, or manifests of several formats.
     """
     text = str(source)
     if "://" in text:
-        raise ManifestError(f"{text.split('://')[0]}://…: manifests are read from local files; copy it here first")
+        scheme = text.split("://")[0]
+        raise ManifestError(f"{scheme}://…: manifests are read from local files; copy it to this machine first")
     path = Path(source)
     try:
         if path.is_file():
             format = format_of(path.name)
-            if format is None or format == "pictures":
-                raise ManifestError(f"{path}: no manifest by its name; want {SUPPORTED}")
+            if format is None or format == "images":
+                raise ManifestError(f"{path}: not a manifest by its name; want {SUPPORTED}")
             return Files(path.parent, format, (path.name,))
         if path.is_dir():
-            return _one_format(path, walk(path), f"{path}: a folder", lazy=True)
+            return _files_of_one_format(path, walk(path), f"{path}: the directory", lazy=True)
         if glob.has_magic(text):
-            return _from_glob(text)
+            return _find_by_glob(text)
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path}: cannot be read: {error}") from None
-    raise ManifestError(f"{path}: no such file or folder")
+    raise ManifestError(f"{path}: no such file or directory")
 
 
 def format_of(name: str) -> Format | None:
-    """A file's format by its name; None where it is neither a manifest nor a picture.
+    """Return a file's format by its name; None if it is neither a manifest nor an image.
 
     >>> format_of("a.JSONL.gz"), format_of("b.jpg"), format_of("c.txt")
-    ('jsonl', 'pictures', None)
+    ('jsonl', 'images', None)
     """
     stem, suffix = os.path.splitext(name.lower())
-    if suffix in PICTURES:
-        return "pictures"
-    if suffix in COMPRESSED:
-        found = MANIFESTS.get(os.path.splitext(stem)[1])
-        return found if found != "parquet" else None
-    return MANIFESTS.get(suffix)
+    if suffix in IMAGE_SUFFIXES:
+        return "images"
+    if suffix in COMPRESSED_SUFFIXES:
+        format = MANIFEST_SUFFIXES.get(os.path.splitext(stem)[1])
+        return format if format != "parquet" else None
+    return MANIFEST_SUFFIXES.get(suffix)
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """The relative paths of the files below a folder, sorted; one folder's names are in memory at a time."""
-    stack = [iter(_entries(folder, ""))]
+def walk(directory: Path) -> Iterator[str]:
+    """Yield the sorted relative paths of the files below a directory.
+
+    Memory holds the names of one directory on each level only.
+    """
+    stack = [iter(_entries(directory, ""))]
     while stack:
-        for name, is_folder in stack[-1]:
-            if is_folder:
-                stack.append(iter(_entries(folder, name)))
+        for name, is_directory in stack[-1]:
+            if is_directory:
+                stack.append(iter(_entries(directory, name)))
                 break
             yield name
         else:
@@ -95,8 +110,9 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def _entries(root: Path, below: str) -> list[tuple[str, bool]]:
+    """Return the sorted relative paths in a directory, each with whether it is a directory."""
     with os.scandir(root / below) as found:
-        # A folder sorts with its slash, so that walking gives the order of the whole relative paths.
+        # A directory sorts with its slash, so that the walk is in the order of whole relative paths.
         entries = [
             (below + entry.name + "/" * entry.is_dir(follow_symlinks=False), entry.is_dir(follow_symlinks=False))
             for entry in found
@@ -107,55 +123,50 @@ def _entries(root: Path, below: str) -> list[tuple[str, bool]]:
     return sorted(entries)
 
 
-def _is_output(folder: Path) -> bool:
-    """Whether a run writes there: its parts, found by a second run, would make the manifest another one."""
+def _is_output(directory: Path) -> bool:
+    """Return whether a run writes to a directory. Its parts must not become part of the manifest of a second run."""
     try:
-        run = json.loads((folder / "run.json").read_bytes())
+        run = json.loads((directory / "run.json").read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(run, dict) and "fingerprint" in run
 
 
-def _from_glob(pattern: str) -> Files:
-    names = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-    if not names:
+def _find_by_glob(pattern: str) -> Files:
+    paths = [Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    if not paths:
         raise ManifestError(f"{pattern}: matches no file")
     parts = Path(pattern).parts
-    literal = next(at for at, part in enumerate(parts) if glob.has_magic(part))
-    folder = Path(*parts[:literal])
-    outputs = {Path(name).parent for name in names}
-    outputs |= {above for path in outputs for above in path.parents if above.is_relative_to(folder)}
-    outputs = {path for path in outputs if path != folder and _is_output(path)}
-    relative = sorted(
-        path.relative_to(folder).as_posix() for path in map(Path, names) if outputs.isdisjoint(path.parents)
-    )
-    return _one_format(folder, relative, f"{pattern}: a glob", lazy=False)
+    root = Path(*parts[: next(at for at, part in enumerate(parts) if glob.has_magic(part))])
+    below_root = {above for path in paths for above in path.parents if above != root and above.is_relative_to(root)}
+    outputs = {directory for directory in below_root if _is_output(directory)}
+    names = sorted(path.relative_to(root).as_posix() for path in paths if outputs.isdisjoint(path.parents))
+    return _files_of_one_format(root, names, f"{pattern}: the glob", lazy=False)
 
 
-def _one_format(folder: Path, names: Iterable[str], what: str, *, lazy: bool) -> Files:
+def _files_of_one_format(directory: Path, names: Iterable[str], what: str, *, lazy: bool) -> Files:
+    """Return the manifests among the files, else the images. lazy: do not keep the images' names."""
     manifests: list[str] = []
-    pictures: list[str] = []
+    images: list[str] = []
     others: set[str] = set()
     for name in names:
         match format_of(name):
-            case "pictures":
-                if not (lazy and pictures):
-                    pictures.append(name)
+            case "images":
+                if not (lazy and images):
+                    images.append(name)
             case None:
                 others.add(os.path.splitext(name)[1] or name)
             case _:
                 manifests.append(name)
-    formats = sorted({str(format_of(name)) for name in manifests})
-    if len(formats) > 1:
+    formats = {name: format for name in manifests if (format := format_of(name)) is not None}
+    if len(set(formats.values())) > 1:
         raise ManifestError(
-            f"{what} with manifests of several formats ({', '.join(formats)}, such as {manifests[0]}); "
-            "want one: name it by a glob, such as 'folder/*.parquet'"
+            f"{what} has manifests of several formats ({', '.join(sorted(set(formats.values())))}, "
+            f"such as {manifests[0]}); want one: select it with a glob, such as 'directory/*.parquet'"
         )
     if manifests:
-        format = format_of(manifests[0])
-        assert format is not None
-        return Files(folder, format, tuple(manifests))
-    if pictures:
-        return Files(folder, "pictures", None if lazy else tuple(pictures))
+        return Files(directory, formats[manifests[0]], tuple(manifests))
+    if images:
+        return Files(directory, "images", None if lazy else tuple(images))
     found = ", ".join(sorted(others)[:5]) or "nothing"
-    raise ManifestError(f"{what} with no manifest and no picture; found {found}, want {SUPPORTED}")
+    raise ManifestError(f"{what} has neither a manifest nor an image; found {found}, want {SUPPORTED}")

@@ -1,9 +1,10 @@
-"""What tells one manifest from another: `fingerprint`."""
+"""Fingerprints of manifests: two manifests have the same one if they have the same contents."""
 
 from __future__ import annotations
 
 import os
 from hashlib import blake2b
+from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import ManifestError
@@ -12,43 +13,56 @@ from .files import Files
 ENDS = 2**20
 """Bytes at each end of a text file that are hashed."""
 _MAX_FOOTER = 2**30
+_NO_CONTENTS = blake2b(digest_size=16).digest()
 
 
 def fingerprint(files: Files) -> str:
-    """blake2b over each file's relative path, size and Parquet footer, or first and last MiB of text.
+    """Return a blake2b hash over each file's relative path, size, and Parquet footer or first and last MiB of text.
 
-    A picture counts by its path and size alone. Neither modification times nor absolute paths count, so that a copied
-    or restored manifest is the same one. Raises ManifestError where a file cannot be read.
+    An image counts by its path and size alone. Neither modification times nor absolute paths count, so that a copied
+    or restored manifest is the same one.
+
+    Raises:
+        ManifestError: A file cannot be read.
     """
     total = blake2b(digest_size=16)
     for name in files:
-        path = files.folder / name
+        path = files.directory / name
         try:
-            size = (os.lstat if files.format == "pictures" and not path.exists() else os.stat)(path).st_size
-            own = blake2b(digest_size=16)
-            if files.format != "pictures":
-                with open(path, "rb") as file:
-                    if files.format == "parquet":
-                        _hash_tail(own, file, size, min(_footer(file, size), size))
-                    else:
-                        own.update(file.read(ENDS))
-                        _hash_tail(own, file, size, min(ENDS, max(0, size - ENDS)))
+            # A dangling link to an image is a row, which fails later.
+            size = (os.lstat if files.format == "images" and not path.exists() else os.stat)(path).st_size
+            if files.format == "images":
+                digest = _NO_CONTENTS
+            else:
+                digest = _contents_digest(path, size, is_parquet=files.format == "parquet")
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
-        total.update(b"%s\0%d\0%s" % (os.fsencode(name), size, own.digest()))
+        total.update(b"%s\0%d\0%s" % (os.fsencode(name), size, digest))
     return total.hexdigest()
 
 
-def _footer(file: BinaryIO, size: int) -> int:
-    """Bytes of a Parquet file's footer: its length stands before the magic number at the end."""
+def _contents_digest(path: Path, size: int, *, is_parquet: bool) -> bytes:
+    digest = blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        if is_parquet:
+            _hash_tail(digest, file, size, min(_footer_bytes(file, size), size))
+        else:
+            digest.update(file.read(ENDS))
+            _hash_tail(digest, file, size, min(ENDS, max(0, size - ENDS)))
+    return digest.digest()
+
+
+def _footer_bytes(file: BinaryIO, size: int) -> int:
+    """Return the size of a Parquet file's footer, whose length precedes the magic number at the end of the file."""
     if size < 12:
         return size
     file.seek(size - 8)
     return min(int.from_bytes(file.read(4), "little"), _MAX_FOOTER) + 8
 
 
-def _hash_tail(own: blake2b, file: BinaryIO, size: int, length: int) -> None:
+def _hash_tail(digest: blake2b, file: BinaryIO, size: int, length: int) -> None:
+    """Hash the last `length` bytes of a file."""
     file.seek(size - length)
     while length > 0 and (block := file.read(min(length, ENDS))):
-        own.update(block)
+        digest.update(block)
         length -= len(block)

@@ -1,4 +1,4 @@
-"""What a cell says about a picture: `image_of`."""
+"""References to images in a manifest's cells: URLs, paths, bytes and `data:` URIs."""
 
 from __future__ import annotations
 
@@ -11,101 +11,124 @@ from ..errors import InvalidDataUri, InvalidRow, UnsupportedSource
 from ..types import FileImage, ImageRef, InlineImage, WebImage
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_WHITESPACE = b" \t\n\r\f\v"
+_MAX_MEDIA_TYPE = 60  # characters
 
 
-def images_of(cell: Any, what: str) -> list[ImageRef]:
-    """The pictures of a cell that holds one or a list of them; nulls in a list are no pictures.
+def images_of(cell: Any, where: str) -> list[ImageRef]:
+    """Return the images of a cell that holds one image or a list of them. Nulls in a list are skipped.
 
-    Raises InvalidRow, InvalidDataUri, UnsupportedSource.
+    Args:
+        cell: The cell's value.
+        where: The column, for error messages.
+
+    Raises:
+        InvalidRow, InvalidDataUri, UnsupportedSource: See `image_of`.
     """
     if isinstance(cell, list):
-        return [image_of(one, f"{what}[{at}]") for at, one in enumerate(cell) if one is not None]
-    return [] if cell is None else [image_of(cell, what)]
+        return [image_of(item, f"{where}[{at}]") for at, item in enumerate(cell) if item is not None]
+    return [] if cell is None else [image_of(cell, where)]
 
 
-def image_of(cell: Any, what: str) -> ImageRef:
-    """The picture that a value stands for: URL, path, data URI, bytes, or Hugging Face's `{bytes, path}`.
-
-    `what` says where it stands, such as "images[2]". Raises InvalidRow, InvalidDataUri, UnsupportedSource.
+def image_of(value: Any, where: str) -> ImageRef:
+    """Return the image that a value refers to: a URL, path, data URI, bytes, or Hugging Face's `{bytes, path}`.
 
     >>> image_of("https://example.org/cat.jpg", "image")
     WebImage(url='https://example.org/cat.jpg')
+
+    Args:
+        value: A value from a cell, or from a part of a message.
+        where: Where the value was found, such as "images[2]", for error messages.
+
+    Raises:
+        InvalidRow: The value is of another type, or an empty string.
+        InvalidDataUri: A data URI cannot be decoded.
+        UnsupportedSource: The URL has a scheme that batchvl does not read.
     """
-    if isinstance(cell, str):
-        return _from_text(cell, what)
-    if isinstance(cell, bytes):
-        return InlineImage(cell, f"{what} ({len(cell)} bytes)")
-    if isinstance(cell, dict) and not cell.keys().isdisjoint(("bytes", "path")):
-        data, path = cell.get("bytes"), cell.get("path")
-        if isinstance(data, bytes):
-            # The path names where the picture once was; only the bytes are read.
-            return InlineImage(data, path if isinstance(path, str) and path else f"{what} ({len(data)} bytes)")
-        if data is None and isinstance(path, str):
-            return _from_text(path, what)
-        raise InvalidRow(f"{what}: found {{bytes: {_kind(data)}, path: {_kind(path)}}}, want bytes or a path")
-    raise InvalidRow(f"{what}: found {_kind(cell)}, want a URL, a path, a data URI, bytes or {{bytes, path}}")
+    if isinstance(value, str):
+        return _from_text(value, where)
+    if isinstance(value, bytes):
+        return InlineImage(value, f"{where} ({len(value)} bytes)")
+    if isinstance(value, dict) and not value.keys().isdisjoint(("bytes", "path")):
+        return _from_struct(value.get("bytes"), value.get("path"), where)
+    raise InvalidRow(f"{where}: found {_kind(value)}, want a URL, a path, a data URI, bytes or {{bytes, path}}")
 
 
-def _from_text(text: str, what: str) -> ImageRef:
+def _from_struct(data: Any, path: Any, where: str) -> ImageRef:
+    if isinstance(data, bytes):
+        # The path names where the image once was; only the bytes are read.
+        return InlineImage(data, path if isinstance(path, str) and path else f"{where} ({len(data)} bytes)")
+    if data is None and isinstance(path, str):
+        return _from_text(path, where)
+    raise InvalidRow(f"{where}: found {{bytes: {_kind(data)}, path: {_kind(path)}}}, want bytes or a path")
+
+
+def _from_text(text: str, where: str) -> ImageRef:
     head = text[:16].lstrip().lower()
     if head.startswith(("http://", "https://")):
         return WebImage(text.strip())
     if head.startswith("data:"):
         return InlineImage(*decode_data_uri(text))
     if not text:
-        raise InvalidRow(f"{what}: found an empty string, want a URL or a path")
+        raise InvalidRow(f"{where}: found an empty string, want a URL or a path")
     if "\0" in text:
-        raise InvalidRow(f"{what}: the path holds a NUL character")
+        raise InvalidRow(f"{where}: found a path with a NUL character")
     scheme = _SCHEME.match(text)
     if scheme is None:
         return FileImage(text)
     if scheme[1].lower() == "file":
-        host, slash, path = text[scheme.end() :].partition("/")
-        if slash and host.lower() in ("", "localhost"):
-            return FileImage("/" + unquote(path))
-        raise UnsupportedSource(f"{what}: a file URL of another host; want file:///path")
-    raise UnsupportedSource(f"{what}: {scheme[1]}:// is not read; want http, https, file or data, or a path")
+        return _from_file_url(text[scheme.end() :], where)
+    raise UnsupportedSource(f"{where}: {scheme[1]}:// is not supported; want http, https, file, data or a path")
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-_LONGEST_TYPE = 60
-_SPACE = b" \t\n\r\f\v"
+def _from_file_url(rest: str, where: str) -> FileImage:
+    host, slash, path = rest.partition("/")
+    if slash and host.lower() in ("", "localhost"):
+        return FileImage("/" + unquote(path))
+    raise UnsupportedSource(f"{where}: found a file URL of another host, want file:///path")
 
 
 def decode_data_uri(text: str) -> tuple[bytes, str]:
-    """The bytes of a `data:` URI, and what people are told of it: its own word on the media type, and its size.
+    """Return the contents of a `data:` URI (RFC 2397) and its description: media type and size.
 
-    Strict: bad base64, missing padding and broken percent-encoding raise InvalidDataUri. Space between the characters
-    of base64 is allowed, for URIs that were wrapped.
+    Whitespace between the characters of base64 is allowed, for URIs that were wrapped.
 
     >>> decode_data_uri("data:image/gif;base64,R0lG")
     (b'GIF', 'data:image/gif (3 bytes)')
+
+    Raises:
+        InvalidDataUri: Bad base64, missing padding, or broken percent-encoding.
     """
     scheme, colon, rest = text.strip().partition(":")
     head, comma, body = rest.partition(",")
     if scheme.lower() != "data" or not colon:
-        raise InvalidDataUri(f"a data URI begins with 'data:'; found {text[:16]!r}")
+        raise InvalidDataUri(f"data URI: found {text[:16]!r}, want it to begin with 'data:'")
     if not comma:
         raise InvalidDataUri("data URI: no comma between the media type and the data")
-    kind, *parameters = (piece.strip().lower() for piece in head.split(";"))
+    media_type, *parameters = (piece.strip().lower() for piece in head.split(";"))
     data = _percent_decoded(body)
     if "base64" in parameters:
-        try:
-            data = data.translate(None, _SPACE)
-            if data.endswith(b"==="):  # strict_mode lets it pass
-                raise binascii.Error("Excess padding")
-            data = binascii.a2b_base64(data, strict_mode=True)
-        except binascii.Error as error:
-            raise InvalidDataUri(f"data URI: {len(body):,} characters that are not base64: {error}") from None
-    return data, f"data:{kind[:_LONGEST_TYPE]} ({len(data):,} bytes)"
+        data = _base64_decoded(data, len(body))
+    return data, f"data:{media_type[:_MAX_MEDIA_TYPE]} ({len(data):,} bytes)"
 
 
 def _percent_decoded(body: str) -> bytes:
     if "%" not in body:
         return body.encode()
-    if found := re.search("%(?![0-9A-Fa-f]{2})", body):
-        raise InvalidDataUri(f"data URI: {body[found.start() : found.start() + 3]!r} is no percent-encoding")
+    if broken := re.search("%(?![0-9A-Fa-f]{2})", body):
+        raise InvalidDataUri(f"data URI: {body[broken.start() : broken.start() + 3]!r} is not a percent-encoding")
     return unquote_to_bytes(body)
+
+
+def _base64_decoded(data: bytes, characters: int) -> bytes:
+    try:
+        data = data.translate(None, _WHITESPACE)
+        if data.endswith(b"==="):  # strict_mode accepts this
+            raise binascii.Error("Excess padding")
+        return binascii.a2b_base64(data, strict_mode=True)
+    except binascii.Error as error:
+        raise InvalidDataUri(f"data URI: {characters:,} characters that are not base64: {error}") from None
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

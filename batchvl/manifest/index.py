@@ -1,5 +1,7 @@
-"""The index of a text manifest: where every thousandth row begins, so that a shard does not read those before it, nor a
-run that goes on those that are done. It grows as the manifest is read.
+"""The index of a text manifest: the offset of every thousandth row.
+
+With it a shard does not read the rows before its own, and a resumed run does not read those that are done. The index
+grows as the manifest is read.
 """
 
 from __future__ import annotations
@@ -7,36 +9,48 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
 import msgspec
 
 STEP = 1000
+"""Rows between two offsets."""
 _FORMAT = 2
 
 
 class RowOffset(msgspec.Struct, frozen=True, array_like=True):
-    """Where a row begins: bytes from its file's start, and lines before it."""
+    """The start of a row: bytes from its file's start, and lines before it."""
 
     offset: int = 0
     line: int = 0
 
 
+class Position(NamedTuple):
+    """A known start of a row."""
+
+    file: int
+    """The file's number; one past the last file for a row after the end of the manifest."""
+    row: int
+    """The number of the row that starts here."""
+    offset: RowOffset
+
+
 class FileIndex(msgspec.Struct):
-    """The places of a file's rows 0, STEP, 2 STEP, …, as far as they are known; of a compressed file none, for it has
-    no seek.
+    """The offsets of a file's rows 0, STEP, 2 STEP, …, as far as it was read; none for a compressed file, which cannot
+    seek.
     """
 
-    places: list[RowOffset] = []
+    offsets: list[RowOffset] = msgspec.field(default_factory=list, name="places")
     rows: int | None = None
-    """None while its end has not been reached."""
+    """None until the file's end is reached."""
 
 
 class Index(msgspec.Struct):
-    """What is known of the files, which is all of each but the last, and as much of that as was read."""
+    """The offsets of all files read so far: all of each file but the last, which may be read in part."""
 
     fingerprint: str = ""
-    """The manifest's."""
+    """The manifest's fingerprint."""
     files: list[FileIndex] = []
     whole: bool = False
     """Whether these are all the files, with all their rows."""
@@ -44,45 +58,49 @@ class Index(msgspec.Struct):
 
     @property
     def rows(self) -> int | None:
-        """The manifest's rows; None while its end has not been reached."""
-        return self.seek(sys.maxsize)[1] if self.whole else None
+        """The manifest's number of rows; None until its end is reached."""
+        return self.end().row if self.whole else None
 
-    def seek(self, number: int) -> tuple[int, int, RowOffset]:
-        """The last place known at or before a row: the file, the row that begins there, and the place.
-
-        One file more than there are where all of them are known and the row is not in them.
-        """
+    def seek(self, number: int) -> Position:
+        """Return the last known position at or before a row."""
         start = 0
         for at, file in enumerate(self.files):
             if file.rows is None or number < start + file.rows:
-                step = min((number - start) // STEP, len(file.places) - 1)
-                return (at, start + step * STEP, file.places[step]) if file.places else (at, start, RowOffset())
+                if not file.offsets:
+                    return Position(at, start, RowOffset())
+                step = min((number - start) // STEP, len(file.offsets) - 1)
+                return Position(at, start + step * STEP, file.offsets[step])
             start += file.rows
-        return len(self.files), start, RowOffset()
+        return Position(len(self.files), start, RowOffset())
 
-    def write(self, folder: Path) -> None:
-        """Writes the index for other shards and later runs. What of two that write at once remains is right."""
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{path_in(folder).name}.{uuid4().hex}"
+    def end(self) -> Position:
+        """Return the last known position of all."""
+        return self.seek(sys.maxsize)
+
+    def write(self, directory: Path) -> None:
+        """Write the index for other shards and later runs. If two processes write, one of the two files remains."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = path_in(directory)
+        temporary = directory / f".{path.name}.{uuid4().hex}"
         try:
             temporary.write_bytes(msgspec.json.encode(self))
-            os.replace(temporary, path_in(folder))
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def path_in(folder: Path) -> Path:
-    """Where an output folder holds the index."""
-    return folder / "manifest-index.json"
+def path_in(directory: Path) -> Path:
+    """Return the path of the index in an output directory."""
+    return directory / "manifest-index.json"
 
 
-def read(folder: Path, fingerprint: str) -> Index | None:
-    """The index that another shard or an earlier run wrote; None where there is none for this manifest.
+def read(directory: Path, fingerprint: str) -> Index | None:
+    """Return the index that another shard or an earlier run wrote; None if there is none for this manifest.
 
-    It is not fsynced, since it can be made anew: one that a crash left torn counts as none.
+    The index is not fsynced, since it can be made again: one that a crash left torn counts as none.
     """
     try:
-        found = msgspec.json.decode(path_in(folder).read_bytes(), type=Index)
+        index = msgspec.json.decode(path_in(directory).read_bytes(), type=Index)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return found if (found.fingerprint, found.format) == (fingerprint, _FORMAT) else None
+    return index if (index.fingerprint, index.format) == (fingerprint, _FORMAT) else None

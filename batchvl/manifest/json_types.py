@@ -1,4 +1,4 @@
-"""Which Arrow types the members of JSON objects can have: `JsonTypes`."""
+"""Arrow types for the members of JSON objects."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pyarrow as pa
 
 from ..errors import ManifestError
 
-MOST_COLUMNS = 1000
+MAX_COLUMNS = 1000
 JSON = {b"batchvl": b"json"}
 """The metadata of a field whose strings are JSON."""
 
 
-class _Exact(int):
-    """Stands for integers that 64 bits hold and a double does not."""
+class _ExactInt(int):
+    """The kind of integers that fit 64 bits and that a double cannot represent."""
 
 
-class _Huge(int):
-    """Stands for integers that 64 bits do not hold."""
+class _BigInt(int):
+    """The kind of integers that do not fit 64 bits."""
 
 
 class JsonTypes:
-    """Looks at objects one after the other, and keeps the kinds of values only.
+    """Infer a schema from objects, one after another. Only the kinds of values are kept.
 
     >>> types = JsonTypes()
     >>> types.add({"score": 1, "tags": ["a"], "meta": {"b": 2}})
@@ -34,51 +34,55 @@ class JsonTypes:
 
     def __init__(self) -> None:
         self._kinds: dict[str, set[type]] = {}
-        self._items: dict[str, set[type]] = {}
+        self._item_kinds: dict[str, set[type]] = {}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Looks at an object. Raises ManifestError where all have more than MOST_COLUMNS members between them."""
+        """Take an object into account.
+
+        Raises:
+            ManifestError: The objects so far have more than MAX_COLUMNS different members.
+        """
         for name, value in row.items():
-            if (found := self._kinds.get(name)) is None:
-                if len(self._kinds) == MOST_COLUMNS:
+            if (kinds := self._kinds.get(name)) is None:
+                if len(self._kinds) == MAX_COLUMNS:
                     raise ManifestError(
-                        f"more than {MOST_COLUMNS:,} columns, {name!r:.80} and others: such rows cannot be joined"
+                        f"more than {MAX_COLUMNS:,} columns, {name!r:.80} and others: such rows cannot be joined"
                     )
-                found = self._kinds[name] = set()
+                kinds = self._kinds[name] = set()
             kind = type(value)
             if kind is list:
-                self._items.setdefault(name, set()).update(map(_kind, value))
-            found.add(_kind(value) if kind is int else kind)
+                self._item_kinds.setdefault(name, set()).update(map(_kind, value))
+            kinds.add(_kind(value) if kind is int else kind)
 
     def schema(self) -> pa.Schema:
-        """A column for each member, in the order in which they came, nulls and absent ones aside:
+        """Return a field for each member, in the order of first appearance. Nulls and absent members do not count.
 
-        truth values, strings, integers of 64 bits, numbers as doubles, lists of one of these; all others (objects, and
-        what is of several kinds) are JSON in strings, and their fields have the metadata JSON.
+        Types are booleans, strings, 64-bit integers, doubles, and lists of one of these. All other members (objects,
+        and values of several kinds) become JSON in strings: their fields have the metadata JSON.
         """
         fields = []
         for name, kinds in self._kinds.items():
             kinds = kinds - {NoneType}
-            found = _scalar(kinds)
+            type = _scalar_type(kinds)
             if kinds == {list}:
-                item = _scalar(self._items[name] - {NoneType})
-                found = item and pa.list_(item)
-            fields.append(pa.field(name, found or pa.string(), metadata=None if found else JSON))
+                item_type = _scalar_type(self._item_kinds[name] - {NoneType})
+                type = item_type and pa.list_(item_type)
+            fields.append(pa.field(name, type or pa.string(), metadata=None if type else JSON))
         return pa.schema(fields)
 
 
 def _kind(value: Any) -> type:
     if type(value) is not int:
         return type(value)
-    return int if -(2**53) <= value <= 2**53 else _Exact if -(2**63) <= value < 2**63 else _Huge
+    return int if -(2**53) <= value <= 2**53 else _ExactInt if -(2**63) <= value < 2**63 else _BigInt
 
 
-def _scalar(kinds: set[type]) -> pa.DataType | None:
-    """The type of values of these kinds; None where there is none."""
+def _scalar_type(kinds: set[type]) -> pa.DataType | None:
+    """Return the type that holds values of all these kinds; None if there is none."""
     if kinds <= {str}:
         return pa.string()
     if kinds == {bool}:
         return pa.bool_()
-    if kinds <= {int, _Exact}:
+    if kinds <= {int, _ExactInt}:
         return pa.int64()
     return pa.float64() if kinds <= {int, float} else None

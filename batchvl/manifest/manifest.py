@@ -1,4 +1,4 @@
-"""The rows of a manifest: `Manifest`."""
+"""The rows of a manifest, for a run."""
 
 from __future__ import annotations
 
@@ -13,100 +13,95 @@ import pyarrow.compute as pc
 from ..config.options import ManifestOptions, PromptOptions
 from ..config.units import Shard
 from ..errors import ManifestError
-from ..prompts.template import template_columns
+from ..prompts.template import quote_names, template_columns
 from ..types import Row
-from .columns import Columns, choose
-from .files import Files, Format, find
+from .columns import Columns, choose_columns
+from .files import Files, find_files
 from .fingerprint import fingerprint
-from .readers.base import Reader
-from .readers.csv import CsvReader
-from .readers.image_folder import ImageFolderReader
-from .readers.jsonl import JsonlReader
-from .readers.parquet import ParquetReader
-from .readers.text import EVERY_ROW, TextReader
+from .readers import READERS, Reader
+from .readers.text import EVERY_ROW
 from .rows import IdType, RowMaker
 
 ALL = Shard()
 CHECKED_IDS = 100_000
-"""Rows whose ids are checked for being the same."""
-_CHECKED_BYTES = 64 * 2**20
-_LOOKED_AT = 100
-_FEW = 10
-
-READERS: dict[Format, type[ParquetReader | JsonlReader | CsvReader | ImageFolderReader]] = {
-    "parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader, "pictures": ImageFolderReader,
-}  # fmt: skip
+"""The first rows, among which `check` looks for duplicate ids."""
+_CHECKED_ID_BYTES = 64 * 2**20
+_CHECKED_ROWS = 100
+_MIN_BAD_ROWS = 10
+"""A manifest is rejected if all of its first rows are bad and there are at least this many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """What the output takes over from the manifest."""
+    """The columns that the output takes from the manifest."""
 
     id_type: IdType | None
     """None: no row has an id."""
     kept: pa.Schema
-    """The columns of `--keep`; from text they are strings."""
+    """The columns of `--keep`; those of text formats are strings."""
 
 
 class Manifest:
-    """The rows of a file, of a folder or a glob of files, or of a folder of pictures, in batches and lazily.
+    """The rows of a file, a directory or glob of files, or a directory of images; lazily and in chunks.
 
-    manifest = Manifest.open("manifest.jsonl", ManifestOptions(), PromptOptions())
-    manifest.check()
-    for rows in manifest.rows():
-        print(rows[0].number, rows[0].prompt)
+    Example:
+        manifest = Manifest.open("manifest.jsonl", ManifestOptions(), PromptOptions())
+        manifest.check()
+        for rows in manifest.rows():
+            print(rows[0].number, rows[0].prompt)
     """
 
     def __init__(self, files: Files, reader: Reader, columns: Columns, options: ManifestOptions) -> None:
-        self.folder: Path = files.folder
-        """Pictures' relative paths start here."""
+        self.directory = files.directory
+        """Images' relative paths are relative to this directory."""
         self.fingerprint: str = fingerprint(files)
-        """Tells this manifest from others: by contents, not by place or time."""
+        """Identifies the manifest by its contents, not by its location or modification time."""
         self.files = files
         self.roles = columns
-        """The columns that are read, by what they are for."""
+        """The columns that are read, by role."""
         self._reader, self._options = reader, options
 
     @classmethod
     def open(cls, source: str | Path, options: ManifestOptions, prompt: PromptOptions) -> Manifest:
-        """Finds the files and chooses the columns; footers, or the first rows of text, are read.
+        """Find the files and choose the columns. Footers, or the first rows of text, are read.
 
-        Raises ManifestError where the files cannot be read, are empty or of no known format, or where a column that
-        an option or the prompt's template names is missing or of a wrong type.
+        Raises:
+            ManifestError: The files cannot be read, are empty or of no known format, or a column that an option or
+                the prompt template names is missing or has a wrong type.
         """
-        files = find(source)
-        reader: Reader = READERS[files.format](files)
-        available = reader.available
-        if options.prompt_column in available:
-            available = tuple(dict.fromkeys((*available, "prompt")))
-        template = template_columns(prompt.prompt, available) if prompt.prompt is not None else ()
-        columns = choose(options, template, reader.available, str(source))
+        files = find_files(source)
+        reader = READERS[files.format](files)
+        names = reader.available
+        if options.prompt_column in names:
+            names = tuple(dict.fromkeys((*names, "prompt")))
+        template = template_columns(prompt.prompt, names) if prompt.prompt is not None else ()
+        columns = choose_columns(options, template, reader.available, str(source))
         if not columns.has_prompts and not columns.images and not columns.image and not template:
-            there = ", ".join(map(repr, reader.available[:40]))
             raise ManifestError(
-                f"{source}: neither prompts nor pictures; the columns are {there}; want 'prompt', 'messages', 'images' "
-                "or 'image': map others by --prompt-column, --messages-column or --image-column"
+                f"{source}: neither prompts nor images; the columns are {quote_names(reader.available)}; want "
+                "'prompt', 'messages', 'images' or 'image': map others with --prompt-column, --messages-column or "
+                "--image-column"
             )
-        reader.use(columns)
+        reader.bind(columns)
         return cls(files, reader, columns, options)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the files have; of JSONL, those of the first rows."""
+        """The columns of the files; for JSONL, those of the first rows."""
         return self._reader.available
 
     @property
     def schema(self) -> Schema:
-        """What the output takes over."""
+        """The columns that the output takes from the manifest."""
         return Schema(self._reader.id_type, self._reader.kept)
 
     @property
     def total(self) -> int | None:
-        """Rows, at most `--limit`; None for text until it was counted for a shard or read to its end."""
+        """The number of rows, at most `--limit`. For text, None until it is counted for a shard or read to its end."""
         return self._limited(self._reader.total)
 
     def estimate(self) -> int | None:
-        """About how many rows there are, at most `--limit`, by what was read so far; `total` where that is known."""
+        """Return the approximate number of rows, at most `--limit`; exact once `total` is known."""
         return self._limited(self._reader.estimate())
 
     def _limited(self, rows: int | None) -> int | None:
@@ -114,70 +109,78 @@ class Manifest:
         return rows if rows is None or limit is None else min(rows, limit)
 
     def check(self) -> None:
-        """Looks at the first rows, before anything dear is started.
+        """Check the first rows, before anything expensive starts.
 
-        Raises ManifestError where two of the first 100,000 have the same id, or where each of the first 100 of a text
-        file is bad.
+        Raises:
+            ManifestError: Two of the first 100,000 rows have the same id, or each of the first 100 rows of a text file
+                is bad.
         """
         if self._reader.is_text:
-            first = next(self._rows(range(_LOOKED_AT), ()), [])[:_LOOKED_AT]
-            if len(first) >= _FEW and all(row.failure and row.failure.code == "invalid_row" for row in first):
-                reason = first[0].failure.message if first[0].failure else ""
-                raise ManifestError(f"each of the first {len(first)} rows is bad; the first: {reason}")
-        if self._reader.id_type is not None and self.files.format != "pictures":
+            self._check_first_rows()
+        if self._reader.id_type is not None and not self._reader.has_unique_ids:
             self._check_ids()
 
+    def _check_first_rows(self) -> None:
+        rows = next(self._rows(range(_CHECKED_ROWS), ()), [])[:_CHECKED_ROWS]
+        failures = [row.failure for row in rows if row.failure is not None and row.failure.code == "invalid_row"]
+        if len(rows) >= _MIN_BAD_ROWS and len(failures) == len(rows):
+            raise ManifestError(f"each of the first {len(rows)} rows is bad; the first: {failures[0].message}")
+
     def _check_ids(self) -> None:
-        # 8 bytes an id, so that memory does not grow with the manifest.
+        # 8 bytes per id, so that memory does not grow with the manifest.
         hashes, numbers = array("q"), array("q")
-        for number, label in self._ids():
-            hashes.append(hash(label))
+        for number, id in self._ids():
+            hashes.append(hash(id))
             numbers.append(number)
         hashed = pa.array(hashes, pa.int64())
-        order = pc.sort_indices(hashed)
-        ordered = hashed.take(order)
+        ordered = hashed.take(pc.sort_indices(hashed))
         same = pc.equal(ordered[1:], ordered[:-1])
         if not pc.any(same).as_py():
             return
-        # Once more for those alone, for hashes can be the same by chance.
+        # Hashes may be equal by chance: compare the ids themselves, of these rows only.
         suspects = set(ordered[1:].filter(same).to_pylist())
         seen: dict[int | str, int] = {}
-        for number, label in self._ids():
-            if hash(label) in suspects and seen.setdefault(label, number) != number:
+        for number, id in self._ids():
+            if hash(id) in suspects and seen.setdefault(id, number) != number:
                 raise ManifestError(
-                    f"column {self._options.id_column!r}: rows {seen[label]} and {number} (from 0) have the same id "
-                    f"{label!r:.80}; want unique ids, or another column by --id-column"
+                    f"column {self._options.id_column!r}: rows {seen[id]} and {number} (from 0) have the same id "
+                    f"{id!r:.80}; want unique ids, or another column with --id-column"
                 )
 
     def _ids(self) -> Iterator[tuple[int, int | str]]:
         columns = Columns(id=self.roles.id)
         maker = RowMaker(columns, self._reader.id_type)
-        most = min(CHECKED_IDS, _CHECKED_BYTES // max(1, self._reader.row_bytes))
-        for chunk in self._reader.chunks(columns.read, range(self._limited(most) or 0), ()):
+        most = min(CHECKED_IDS, _CHECKED_ID_BYTES // max(1, self._reader.id_row_bytes))
+        for chunk in self._reader.chunks(columns.names, range(self._limited(most) or 0), ()):
             for number, cells in chunk:
-                if (label := maker.label(cells)) is not None:
-                    yield number, label
+                if (id := maker.id(cells)) is not None:
+                    yield number, id
 
     def rows(
-        self, shard: Shard = ALL, skip: Container[int] = (), index_folder: Path | None = None
+        self, shard: Shard = ALL, skip: Container[int] = (), index_directory: Path | None = None
     ) -> Iterator[list[Row]]:
-        """The shard's rows that are not in `skip`, in order, lazily, in lists of at most 256 rows and about 8 MiB.
+        """Yield the shard's rows in order and lazily, in chunks of at most 256 rows and about 8 MiB. Blocks.
 
-        A bad row has its `failure` set. Of text, an index is kept in `index_folder` for other shards and later runs,
-        and all is read for it first where there are several. Blocks. Raises ManifestError where a file can no longer
-        be read.
+        A bad row has its `failure` set.
+
+        Args:
+            shard: The part of the manifest to read. If there are several, all of a text manifest is indexed first.
+            skip: Numbers of rows to leave out.
+            index_directory: Where an index of text is kept for other shards and later runs.
+
+        Raises:
+            ManifestError: A file can no longer be read.
         """
-        if isinstance(self._reader, TextReader):
-            self._reader.index_in(index_folder, self.fingerprint)
-            if shard.count > 1:
-                self._reader.count()
+        self._reader.use_index(index_directory, self.fingerprint)
+        if shard.count > 1:
+            self._reader.count()
         if (total := self.total) is not None:
             return self._rows(shard.rows(total), skip)
         return self._rows(EVERY_ROW[: self._options.limit], skip)
 
     def _rows(self, numbers: range, skip: Container[int]) -> Iterator[list[Row]]:
-        text = self._reader.is_text
-        maker = RowMaker(self.roles, self._reader.id_type, json_lists=self.files.format == "csv", keep_text=text)
+        reader = self._reader
+        maker = RowMaker(self.roles, reader.id_type, json_lists=reader.has_json_lists, keep_text=reader.is_text)
         make = maker.row
-        for chunk in self._reader.chunks(self.roles.read, numbers, skip):
+        for chunk in reader.chunks(self.roles.names, numbers, skip):
             yield [make(number, cells) for number, cells in chunk]

@@ -1,4 +1,4 @@
-"""Cells to rows: `RowMaker`."""
+"""From a row's cells to a `Row`: checks types and parses JSON in cells."""
 
 from __future__ import annotations
 
@@ -10,101 +10,117 @@ import msgspec
 
 from ..errors import InvalidMessages, InvalidRow, RowError
 from ..types import Failure, ImageRef, Row
+from .chat_images import number_images
 from .columns import Columns
-from .image_refs import image_of, images_of
+from .image_refs import images_of
 
 IdType = Literal["int64", "string"]
 
 _decode_json = msgspec.json.Decoder().decode
 _INT64 = range(-(2**63), 2**63)
+_MAX_SHOWN = 60  # characters of a bad value
 
 
 class RowMaker:
-    """Makes rows of cells that come in the order of `Columns.read`.
+    """Make rows of cells that come in the order of `Columns.names`.
 
-    `json_lists`: a picture's cell that begins with `[` is a list in JSON, since CSV has no lists. `keep_text`: kept
-    values become strings, as JSON where they are none.
+    Args:
+        columns: The columns by role.
+        id_type: The type of ids; None: rows have none.
+        json_lists: An image cell that begins with `[` is a JSON list, since CSV has no lists.
+        keep_text: Kept values become strings: JSON, if they are not strings already.
     """
 
     def __init__(
         self, columns: Columns, id_type: IdType | None, *, json_lists: bool = False, keep_text: bool = False
     ) -> None:
-        at = {name: index for index, name in enumerate(columns.read)}
-        # A column that is not there is read from the None at the end of the cells.
-        self._id, self._prompt, self._messages, self._images, self._image, self._generation = (
-            at.get(name, -1) if name is not None else -1
-            for name in (
-                columns.id, columns.prompt, columns.messages, columns.images, columns.image, columns.generation,
-            )
-        )  # fmt: skip
-        self._template = [(name, at[name]) for name in columns.template]
-        self._keep = [(name, at[name]) for name in columns.keep]
+        index = {name: at for at, name in enumerate(columns.names)}
+
+        def index_of(name: str | None) -> int:
+            # A missing column is read from the None that `row` adds behind the last cell.
+            return -1 if name is None else index.get(name, -1)
+
+        self._id, self._generation = index_of(columns.id), index_of(columns.generation)
+        self._prompt, self._messages = index_of(columns.prompt), index_of(columns.messages)
+        self._images, self._image = index_of(columns.images), index_of(columns.image)
+        self._template = [(name, index[name]) for name in columns.template]
+        self._keep = [(name, index[name]) for name in columns.keep]
         self._id_type, self._json_lists, self._keep_text = id_type, json_lists, keep_text
         self._has_prompts = columns.has_prompts
         self._images_name, self._image_name = columns.images or "images", columns.image or "image"
 
     def row(self, number: int, cells: Sequence[Any] | RowError) -> Row:
-        """The row; `failure` is set where the cells, or the error in their place, make no good one."""
+        """Return the row. Its `failure` is set if its cells are bad or could not be read."""
         if isinstance(cells, RowError):
             return Row(number, failure=Failure.of(cells))
         cells = (*cells, None)
-        failure = None
-        id: int | str | None = None
-        prompt = messages = generation = None
+        id = prompt = messages = generation = failure = None
         images: list[ImageRef] = []
         try:
-            if (label := cells[self._id]) is not None:
-                id = self._label(label)
-            if (prompt := cells[self._prompt]) is not None and type(prompt) is not str:
-                prompt = _turns(prompt)
-            if (generation := cells[self._generation]) is not None:
-                generation = _settings(generation)
-            if (cell := cells[self._images]) is not None:
-                images = self._pictures(cell, self._images_name)
-            elif (cell := cells[self._image]) is not None:
-                images = self._pictures(cell, self._image_name)
-            if (messages := cells[self._messages]) is not None:
-                messages, images = _place(_chat(messages), images)
-            elif prompt is None and self._has_prompts:
-                prompt = ""  # None is for manifests that ask nothing: this row should have, and fails in `prompt.py`
+            if (value := cells[self._id]) is not None:
+                id = self._check_id(value)
+            prompt, messages, generation, images = self._request_fields(cells)
         except RowError as error:
             failure = Failure.of(error)
-            # What was not read must not be taken for what stands there.
-            prompt, messages, generation, images = None, None, None, []
         return Row(
-            number, id, prompt, messages, tuple(images), generation,
+            number,
+            id,
+            prompt,
+            messages,
+            tuple(images),
+            generation,
             {name: cells[at] for name, at in self._template} if self._template else {},
             {name: self._kept(cells[at]) for name, at in self._keep} if self._keep else {},
             failure,
-        )  # fmt: skip
+        )
 
-    def label(self, cells: Sequence[Any] | RowError) -> int | str | None:
-        """The row's id alone; None also for a bad one."""
-        if isinstance(cells, RowError) or (id := cells[self._id]) is None:
+    def id(self, cells: Sequence[Any] | RowError) -> int | str | None:
+        """Return the row's id alone; None if it is missing or bad."""
+        if isinstance(cells, RowError) or (value := cells[self._id]) is None:
             return None
         try:
-            return self._label(id)
+            return self._check_id(value)
         except InvalidRow:
             return None
 
-    def _label(self, id: Any) -> int | str | None:
-        kind = type(id)
+    def _request_fields(
+        self, cells: Sequence[Any]
+    ) -> tuple[str | list[str] | None, list[Any] | None, dict[str, Any] | None, list[ImageRef]]:
+        """Return prompt, messages, generation and images. Raises RowError."""
+        if (prompt := cells[self._prompt]) is not None and type(prompt) is not str:
+            prompt = _parse_turns(prompt)
+        if (generation := cells[self._generation]) is not None:
+            generation = _parse_generation(generation)
+        images: list[ImageRef] = []
+        if (cell := cells[self._images]) is not None:
+            images = self._parse_images(cell, self._images_name)
+        elif (cell := cells[self._image]) is not None:
+            images = self._parse_images(cell, self._image_name)
+        if (messages := cells[self._messages]) is not None:
+            messages, images = number_images(_parse_messages(messages), images)
+        elif prompt is None and self._has_prompts:
+            # None is for manifests without prompts. This row should have one: the empty string fails in `Prompter`.
+            prompt = ""
+        return prompt, messages, generation, images
+
+    def _check_id(self, value: Any) -> int | str | None:
+        kind = type(value)
         if self._id_type == "string":
             if kind is str or kind is int:
-                return str(id)
+                return str(value)
         elif self._id_type == "int64":
-            if kind is int and id in _INT64:
-                return int(id)
+            if kind is int and value in _INT64:
+                return int(value)
         else:
             return None
-        shown = repr(id) if kind in (int, str, float, bool) and len(str(id)) <= 60 else kind.__name__
+        is_short = kind in (int, str, float, bool) and len(str(value)) <= _MAX_SHOWN
         wanted = "a string" if self._id_type == "string" else "a 64-bit integer, as the first rows have"
-        raise InvalidRow(f"id: found {shown}, want {wanted}")
+        raise InvalidRow(f"id: found {repr(value) if is_short else kind.__name__}, want {wanted}")
 
-    def _pictures(self, cell: Any, what: str) -> list[ImageRef]:
+    def _parse_images(self, cell: Any, column: str) -> list[ImageRef]:
         if self._json_lists and type(cell) is str and cell.lstrip()[:1] == "[":
-            cell = _parsed(cell, what, InvalidRow)
-        return images_of(cell, what)
+            cell = _parse_json(cell, column, InvalidRow)
+        return images_of(cell, column)
 
     def _kept(self, value: Any) -> Any:
         if not self._keep_text or value is None or type(value) is str:
@@ -112,25 +128,26 @@ class RowMaker:
         return json.dumps(value, ensure_ascii=False)
 
 
-def _parsed(text: str, what: str, error: type[RowError]) -> Any:
+def _parse_json(text: str, column: str, error: type[RowError]) -> Any:
     try:
         return _decode_json(text)
     except (msgspec.DecodeError, ValueError, RecursionError) as reason:
-        raise error(f"{what}: a string that is not JSON: {reason}") from None
+        raise error(f"{column}: found a string that is not JSON: {reason}") from None
 
 
-def _turns(prompt: Any) -> list[str]:
-    if isinstance(prompt, list) and all(type(turn) is str for turn in prompt):
-        return prompt
-    found = type(prompt).__name__
-    if isinstance(prompt, list):
-        found = "a list with " + next("null" if t is None else type(t).__name__ for t in prompt if type(t) is not str)
-    raise InvalidRow(f"prompt: found {found}, want a string or a list of strings")
+def _parse_turns(prompt: Any) -> list[str]:
+    if not isinstance(prompt, list):
+        raise InvalidRow(f"prompt: found {type(prompt).__name__}, want a string or a list of strings")
+    for turn in prompt:
+        if type(turn) is not str:
+            kind = "null" if turn is None else type(turn).__name__
+            raise InvalidRow(f"prompt: found a list with {kind}, want a string or a list of strings")
+    return prompt
 
 
-def _settings(generation: Any) -> dict[str, Any]:
+def _parse_generation(generation: Any) -> dict[str, Any]:
     if type(generation) is str:
-        generation = _parsed(generation, "generation", InvalidRow)
+        generation = _parse_json(generation, "generation", InvalidRow)
     if isinstance(generation, list) and all(isinstance(pair, tuple) for pair in generation):
         generation = dict(generation)  # an Arrow map
     if not isinstance(generation, dict):
@@ -138,65 +155,9 @@ def _settings(generation: Any) -> dict[str, Any]:
     return {name: value for name, value in generation.items() if value is not None}
 
 
-def _chat(messages: Any) -> list[Any]:
+def _parse_messages(messages: Any) -> list[Any]:
     if type(messages) is str:
-        messages = _parsed(messages, "messages", InvalidMessages)
+        messages = _parse_json(messages, "messages", InvalidMessages)
     if not isinstance(messages, list):
         raise InvalidMessages(f"messages: found {type(messages).__name__}, want a list of messages")
     return messages
-
-
-def _place(messages: list[Any], column: list[ImageRef]) -> tuple[list[Any], list[ImageRef]]:
-    """The messages with each picture replaced by its number among the row's images, and those images.
-
-    A picture part without a source, `{"type": "image"}`, takes the next picture of the column. Where there is none
-    of these, the column's pictures come first, as they are placed before the text. What is no chat passes unchanged:
-    `prompt.py` refuses it.
-    """
-    sources = [_source(part) for message in messages for part in _parts(message) if _is_picture(part)]
-    if not sources:
-        return messages, column
-    waiting = iter(column)
-    images = [] if None in sources else list(column)
-    number = len(images)
-    # A placeholder that finds no picture is numbered all the same: `prompt.py` counts, and tells.
-    numbers = iter(range(number, number + len(sources)))
-    for at, source in enumerate(sources, 1):
-        if source is not None:
-            images.append(image_of(source, f"messages, picture {at}"))
-        elif (picture := next(waiting, None)) is not None:
-            images.append(picture)
-    if not number:
-        images.extend(waiting)
-    placed = [
-        {
-            **message,
-            "content": [
-                {"type": "image", "image": next(numbers)} if _is_picture(part) else part for part in _parts(message)
-            ],
-        }
-        if _parts(message)
-        else message
-        for message in messages
-    ]
-    return placed, images
-
-
-def _parts(message: Any) -> list[Any]:
-    content = message.get("content") if isinstance(message, dict) else None
-    return content if isinstance(content, list) else []
-
-
-def _is_picture(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
-
-
-def _source(part: dict[str, Any]) -> Any:
-    """Where a picture part says the picture is; None for a placeholder."""
-    if part["type"] == "image_url":
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, dict) else url
-        if not isinstance(url, str):
-            raise InvalidMessages('messages: an image_url part without {"image_url": {"url": …}}')
-        return url
-    return next((part[name] for name in ("image", "url", "path") if part.get(name) is not None), None)

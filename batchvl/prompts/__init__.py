@@ -1,1 +1,1 @@
-"""TODO"""
+"""Prompts: a manifest's row becomes a request."""

@@ -1,4 +1,4 @@
-"""Check a whole manifest before anything is paid for."""
+"""`batchvl validate`: check a whole manifest before a run."""
 
 from .report import Probe, Report
 from .validation import validate

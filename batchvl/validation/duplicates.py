@@ -1,4 +1,4 @@
-"""What is there more than once among millions, in memory that does not grow with them: `Digests`."""
+"""Find duplicates among millions of values, in memory that does not grow with them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 from array import array
 from bisect import bisect_left
+from io import FileIO
 from types import TracebackType
 from typing import NamedTuple
 
@@ -16,52 +17,68 @@ import pyarrow.compute as pc
 from ..errors import BatchvlError
 
 RUN = 2**19
-"""Digests that are sorted in memory at once: 8 MB with their rows."""
+"""Digests that are sorted in memory together: 8 MB with their rows."""
 RANGES = 256
 PAIRS = 1000
 
 _WORD = 8
-_LEAST = -(2**63)
-_STEP = 2**64 // RANGES
+_MIN_DIGEST = -(2**63)
+_RANGE_SIZE = 2**64 // RANGES
 
 
-class Counted(NamedTuple):
-    """How many different digests there are, how many stand for one that was there before, and which rows those are."""
+class Duplicates(NamedTuple):
+    """The result of a search for duplicates."""
 
     distinct: int
+    """Different digests."""
     repeated: int
+    """Digests that had been added before."""
     pairs: list[tuple[int, int]]
-    """The first PAIRS rows, in order, that repeat another one: each with an earlier row that it repeats."""
+    """The first PAIRS rows that repeat another one, in order, each with an earlier row that it repeats."""
 
 
-class Digests:
-    """64-bit digests of rows, of which those that are there twice are found by an external sort; a context manager.
+class _Run(NamedTuple):
+    """A sorted run in the file: its digests, then their rows."""
 
-    Sorted runs go to a temporary file without a name, in TMPDIR, each without what it has twice; then the runs are
-    read side by side, one of RANGES ranges of digests after the other, and sorted together (distribution of sorted
-    runs; Knuth, The Art of Computer Programming, volume 3, 5.4). In memory are a run and what sorting it takes, 40 MB;
-    then a 1/RANGES of what differs, 1 MB of 10 million. On disk each takes 16 bytes at most.
+    begin: int
+    """Bytes from the file's start."""
+    length: int
+    """Digests."""
+    bounds: list[int]
+    """Where each range begins among the digests, and where the last one ends."""
 
-    Of n different values two have the same digest with a probability of about n²/2⁶⁵, 1 in 370,000 for 10 million, if
-    the digests are well mixed. Raises BatchvlError where the disk is full.
 
-    >>> with Digests() as digests:
+class DuplicateFinder:
+    """Find rows whose 64-bit digests are equal, by an external sort. A context manager.
+
+    Sorted runs go to an unnamed temporary file in TMPDIR, each without repetitions. Then one of RANGES ranges of
+    digests after another is read from all runs and sorted (distribution of sorted runs; Knuth, The Art of Computer
+    Programming, volume 3, 5.4). Memory holds one run and what it takes to sort it, 40 MB; then 1/RANGES of the distinct
+    digests, 1 MB of 10 million. A digest takes at most 16 bytes on disk.
+
+    If digests are well mixed, two of n different values have the same one with a probability of about n²/2⁶⁵: 1 in
+    370,000 for 10 million values.
+
+    >>> with DuplicateFinder() as finder:
     ...     for row, value in enumerate([7, -3, 7, 7, 5]):
-    ...         digests.add(value, row)
-    ...     digests.count()
-    Counted(distinct=3, repeated=2, pairs=[(2, 0), (3, 2)])
+    ...         finder.add(value, row)
+    ...     finder.finish()
+    Duplicates(distinct=3, repeated=2, pairs=[(2, 0), (3, 2)])
+
+    Args:
+        run: Digests per sorted run.
+        file: Where runs are written, an unbuffered file; by default a temporary file.
     """
 
-    def __init__(self, run: int = RUN) -> None:
-        self._run = run
+    def __init__(self, run: int = RUN, file: FileIO | None = None) -> None:
+        self._run_size = run
         self._added = 0
         self._digests, self._rows = array("q"), array("q")
-        self._places: list[tuple[int, int, list[int]]] = []
-        """Of each run: where it begins in the file, its length, and where each range begins in it."""
+        self._runs: list[_Run] = []
         self._pairs: list[tuple[int, int]] = []
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._file = file if file is not None else tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
 
-    def __enter__(self) -> Digests:
+    def __enter__(self) -> DuplicateFinder:
         return self
 
     def __exit__(
@@ -70,46 +87,55 @@ class Digests:
         self._file.close()
 
     def add(self, digest: int, row: int) -> None:
-        """A row's digest, a signed integer of 64 bits; rows come in ascending order."""
+        """Add a row's digest, a signed 64-bit integer. Rows come in ascending order.
+
+        Raises:
+            BatchvlError: The disk is full.
+        """
         self._digests.append(digest)
         self._rows.append(row)
-        if len(self._digests) == self._run:
+        if len(self._digests) == self._run_size:
             self._end_run()
 
-    def count(self) -> Counted:
-        """Once, after the last one was added."""
+    def finish(self) -> Duplicates:
+        """Return the duplicates among all digests. Call it once, after the last `add`.
+
+        Raises:
+            BatchvlError: The disk is full.
+        """
         self._end_run()
         distinct = 0
-        for at in range(RANGES):
-            digests, rows = self._range(at)
-            distinct += len(self._unique(digests, rows)[0])
-        return Counted(distinct, self._added - distinct, self._pairs)
+        for number in range(RANGES):
+            digests, rows = self._read_range(number)
+            distinct += len(self._deduplicate(digests, rows)[0])
+        return Duplicates(distinct, self._added - distinct, self._pairs)
 
     def _end_run(self) -> None:
         self._added += len(self._digests)
-        digests, rows = self._unique(_words(self._digests), _words(self._rows))
+        digests, rows = self._deduplicate(_words(self._digests), _words(self._rows))
         self._digests, self._rows = array("q"), array("q")
         view = memoryview(digests.buffers()[1]).cast("q")
-        bounds = [bisect_left(view, _LEAST + at * _STEP) for at in range(RANGES)]
-        self._places.append((self._write(digests, rows), len(digests), [*bounds, len(digests)]))
+        bounds = [bisect_left(view, _MIN_DIGEST + number * _RANGE_SIZE) for number in range(RANGES)]
+        self._runs.append(_Run(self._write(digests, rows), len(digests), [*bounds, len(digests)]))
 
-    def _unique(self, digests: pa.Array, rows: pa.Array) -> tuple[pa.Array, pa.Array]:
-        """Sorted and each once, with its first row; what comes again leaves its rows among the pairs."""
+    def _deduplicate(self, digests: pa.Array, rows: pa.Array) -> tuple[pa.Array, pa.Array]:
+        """Sort the digests and keep each once, with its first row. Rows of the others are added to the pairs."""
         if len(digests) < 2:
             return digests, rows
         order = pc.sort_indices(digests)  # stable: rows stay in order
         digests, rows = digests.take(order), rows.take(order)
-        again = pc.equal(digests[1:], digests[:-1])
-        if not pc.any(again).as_py():
+        repeats = pc.equal(digests[1:], digests[:-1])
+        if not pc.any(repeats).as_py():
             return digests, rows
-        later, earlier = rows[1:].filter(again), rows[:-1].filter(again)
+        later, earlier = rows[1:].filter(repeats), rows[:-1].filter(repeats)
         first = pc.sort_indices(later)[:PAIRS]
-        found = zip(later.take(first).to_pylist(), earlier.take(first).to_pylist(), strict=True)
-        self._pairs = heapq.nsmallest(PAIRS, [*self._pairs, *found])
-        new = pa.concat_arrays([pa.array([True]), pc.invert(again)])
-        return digests.filter(new), rows.filter(new)
+        pairs = zip(later.take(first).to_pylist(), earlier.take(first).to_pylist(), strict=True)
+        self._pairs = heapq.nsmallest(PAIRS, [*self._pairs, *pairs])
+        kept = pa.concat_arrays([pa.array([True]), pc.invert(repeats)])
+        return digests.filter(kept), rows.filter(kept)
 
     def _write(self, *columns: pa.Array) -> int:
+        """Append columns to the file and return where they begin."""
         begin = self._file.tell()
         try:
             for column in columns:
@@ -117,21 +143,20 @@ class Digests:
                 while data:
                     data = data[self._file.write(data) :]
         except OSError as error:
-            folder = tempfile.gettempdir()
             raise BatchvlError(
-                f"{folder}: no room to look for what is there twice, 64 bytes a row: {error.strerror}; "
-                "the variable TMPDIR names another folder"
+                f"{tempfile.gettempdir()}: cannot write temporary files of up to 64 bytes per row, which finding "
+                f"duplicates takes: {error.strerror}; set TMPDIR to another directory"
             ) from None
         return begin
 
-    def _range(self, at: int) -> tuple[pa.Array, pa.Array]:
-        """The digests of a range in all runs, and their rows."""
+    def _read_range(self, number: int) -> tuple[pa.Array, pa.Array]:
+        """Return the digests of a range from all runs, and their rows."""
         digests, rows = [], []
-        for begin, length, bounds in self._places:
-            start, stop = bounds[at], bounds[at + 1]
+        for run in self._runs:
+            start, stop = run.bounds[number], run.bounds[number + 1]
             if start < stop:
-                digests.append(self._read(begin + start * _WORD, stop - start))
-                rows.append(self._read(begin + (length + start) * _WORD, stop - start))
+                digests.append(self._read(run.begin + start * _WORD, stop - start))
+                rows.append(self._read(run.begin + (run.length + start) * _WORD, stop - start))
         if not digests:
             return pa.array([], pa.int64()), pa.array([], pa.int64())
         return pa.concat_arrays(digests), pa.concat_arrays(rows)
@@ -145,7 +170,9 @@ def _words(data: array[int] | bytes) -> pa.Array:
 
 
 def mix64(number: int) -> int:
-    """An integer of 64 bits as a digest that no other one has (Fibonacci hashing): numbers in a row lie far apart.
+    """Return a 64-bit integer's digest (Fibonacci hashing).
+
+    Different integers have different digests, and those of consecutive integers are far apart.
 
     >>> mix64(1) != mix64(2)
     True

@@ -1,4 +1,4 @@
-"""How a number varies over many rows: `Quantiles`, counted by `Histogram`."""
+"""The distribution of a number over many rows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import Counter
 import msgspec
 
 _BITS = 11
-"""Of a number, how many count: medians are exact to 1 in 1,024."""
+"""Leading bits of a number that are kept: medians are exact to 1 in 1,024."""
 
 
 class Quantiles(msgspec.Struct, frozen=True):
-    """The least, the median and the greatest of some whole numbers; the median is exact to 0.1 %."""
+    """The minimum, median and maximum of some whole numbers. The median is exact to 0.1 %."""
 
     least: int
     median: int
@@ -20,12 +20,12 @@ class Quantiles(msgspec.Struct, frozen=True):
 
 
 class Histogram:
-    """Counts numbers by their leading bits, so that memory does not grow: 55,000 counters at most.
+    """Count numbers by their leading bits, so that memory does not grow: at most 55,000 counters.
 
     >>> histogram = Histogram()
     >>> for number in (5, 1, 3, 1000000):
     ...     histogram.add(number)
-    >>> histogram.spread()
+    >>> histogram.quantiles()
     Quantiles(least=1, median=3, greatest=1000000)
     """
 
@@ -35,7 +35,7 @@ class Histogram:
         self._greatest = 0
 
     def add(self, number: int) -> None:
-        """A whole number, 0 or more."""
+        """Count a whole number, 0 or more."""
         if number < self._least:
             self._least = number
         if number > self._greatest:
@@ -43,8 +43,8 @@ class Histogram:
         shift = number.bit_length() - _BITS
         self._counts[number if shift <= 0 else number >> shift << shift] += 1
 
-    def spread(self) -> Quantiles | None:
-        """None where nothing was added. Of an even number, the median is the lower of the two in the middle."""
+    def quantiles(self) -> Quantiles | None:
+        """Return the quantiles; None if nothing was added. Of an even count, the median is the lower middle number."""
         half = -(-self._counts.total() // 2)
         for number in sorted(self._counts):
             half -= self._counts[number]

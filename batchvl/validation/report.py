@@ -1,4 +1,4 @@
-"""What a validation found: `Report`."""
+"""The result of a validation, as an object, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,154 +9,156 @@ from typing import Any
 import msgspec
 
 from ..config.units import pluralize
+from ..manifest.files import FORMAT_NOUNS, Format
 from .problems import Problem
 from .quantiles import Quantiles
 
 _WIDTH = 120
 _INDENT = 11
-_FILES = {"parquet": "Parquet file", "jsonl": "JSONL file", "csv": "CSV file", "pictures": "picture"}
-_WORTH_SORTING = 0.1
-"""Share of the reads that sorting would save from which on that is told."""
+_MIN_SAVING = 0.1
+"""Share of the reads that sorting must save for the report to suggest it."""
 
 
 class Ids(msgspec.Struct, frozen=True):
-    """The rows' labels. type: "int64" or "string"."""
+    """The rows' ids."""
 
     type: str
+    """"int64" or "string"."""
     rows: int
-    """That have one."""
+    """Rows that have an id."""
     distinct: int
 
     def __str__(self) -> str:
         kind = "integers" if self.type == "int64" else "strings"
-        return f"{self.rows:,} {kind}, {_different(self.rows, self.distinct)}"
+        return f"{self.rows:,} {kind}, {_distinct(self.rows, self.distinct)}"
 
 
 class Prompts(msgspec.Struct, frozen=True):
-    """What is asked, by the characters of a row's turns all together, the system message included."""
+    """The rows' prompts."""
 
     rows: int
+    """Rows that have a valid prompt."""
     conversations: int
-    """Rows of several turns."""
+    """Rows with several turns."""
     characters: Quantiles | None
+    """Characters of a row's turns together, including the system message."""
 
     def __str__(self) -> str:
         if self.characters is None:
             return "none"
-        turns = f"; {pluralize(self.conversations, 'conversation')} of several turns" if self.conversations else ""
-        return f"{_spread(self.characters)} characters{turns}"
+        turns = f"; {pluralize(self.conversations, 'row')} with several turns" if self.conversations else ""
+        return f"{_range(self.characters)} characters{turns}"
 
 
-class Pictures(msgspec.Struct, frozen=True):
-    """What the rows say about where their pictures are."""
+class Images(msgspec.Struct, frozen=True):
+    """The rows' references to images."""
 
     references: int
     distinct: int
     rows: int
-    """That have any."""
-    most: int
-    """Of one row."""
+    """Rows that have images."""
+    max_per_row: int
     kinds: dict[str, int]
     """References by kind: http, file, data (URIs) or bytes."""
 
     def __str__(self) -> str:
         if not self.references:
             return "none"
-        most = f", up to {self.most:,} in one" if self.most > 1 else ""
+        most = f" (up to {self.max_per_row:,} per row)" if self.max_per_row > 1 else ""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.kinds.items(), key=lambda kind: -kind[1]))
-        different = _different(self.references, self.distinct)
-        return f"{self.references:,} in {pluralize(self.rows)}{most}, {different}: {kinds}"
+        return (
+            f"{self.references:,} in {pluralize(self.rows)}{most}, {_distinct(self.references, self.distinct)}: {kinds}"
+        )
 
 
 class Sharing(msgspec.Struct, frozen=True):
-    """How often pictures are read (fetched, decoded, prepared), for rows that have the same ones in the same order."""
+    """How often images are read (fetched, decoded and prepared) for rows that have the same ones in the same order."""
 
     rows: int
-    """With pictures."""
+    """Rows that have images."""
     sets: int
-    """Different ones: so many reads are needed."""
+    """Different sets of images: the number of reads that are necessary."""
     reads: int
-    """As often a run reads: rows among `look_ahead` share theirs, up to 64 of them."""
+    """The number of reads of a run: up to 64 rows within `look_ahead` share one."""
     look_ahead: int
 
     @property
     def shared(self) -> int:
-        """Rows whose pictures another one near has had read for them."""
+        """Rows that share the read of another row nearby."""
         return self.rows - self.reads
 
     @property
-    def apart(self) -> int:
-        """Reads of what was read for an earlier row that is too far away: what sorting saves."""
+    def repeated_reads(self) -> int:
+        """Reads of images that an earlier row had, too far away to share them. Sorting the manifest saves these."""
         return self.reads - self.sets
 
     def __str__(self) -> str:
         repeats = self.rows - self.sets
         if not repeats:
-            return "no row has the same pictures as another"
+            return "no row has the same images as another"
         text = (
-            f"{pluralize(repeats)} of {self.rows:,} with the pictures of an earlier one: "
-            f"{self.shared / repeats:.0%} within --look-ahead {self.look_ahead} share its reading, "
-            f"{self.apart / repeats:.0%} are read again"
+            f"{repeats:,} of {pluralize(self.rows)} with the same images as an earlier row: "
+            f"{self.shared / repeats:.0%} within --look-ahead {self.look_ahead}, which read them once; "
+            f"{self.repeated_reads / repeats:.0%} read them again"
         )
-        if self.apart < _WORTH_SORTING * self.reads:
+        if self.repeated_reads < _MIN_SAVING * self.reads:
             return text
-        less = f"{self.apart / self.reads:.0%} less to fetch and decode"
-        return f"{text}; sort the manifest by picture, or raise --look-ahead: {less}"
+        saving = f"{self.repeated_reads / self.reads:.0%}"
+        return f"{text}; sort the manifest by image, or raise --look-ahead, to fetch and decode {saving} less"
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """What came of fetching and decoding the pictures of some rows."""
+    """The result of fetching and decoding the images of some rows."""
 
     rows: int
     failed: int
-    """Of these rows."""
-    pictures: int
-    """That are good."""
+    """Rows that failed."""
+    images: int
+    """Images that were decoded."""
     bytes: Quantiles | None
-    """Of the encoded pictures."""
+    """Bytes of the encoded images."""
     pixels: Quantiles | None
     """Width times height."""
     largest: tuple[int, int] | None
-    """Width and height of the picture with the most pixels."""
+    """Width and height of the image with the most pixels."""
     seconds: float
-    """In which all was done, after the image workers had started."""
+    """Duration of the probe, after the image workers had started."""
     fetch_seconds: float
-    """For one picture of a row, waiting for a connection included."""
+    """Mean time to fetch an image, including the wait for a connection."""
     decode_seconds: float
-    """For one picture, of an image worker's time; of a file this holds its reading."""
+    """Mean time of an image worker to decode an image; for files, including the time to read them."""
     problems: tuple[Problem, ...]
 
     def __str__(self) -> str:
-        failed = f"{pluralize(self.failed)} failed"
-        text = f"{pluralize(self.rows)}, {failed}; {pluralize(self.pictures, 'good picture')}"
+        text = f"{pluralize(self.rows)}, {self.failed:,} failed; {pluralize(self.images, 'good image')}"
         if self.bytes is None or self.pixels is None or self.largest is None:
             return text
         width, height = self.largest
         return (
-            f"{text}; {_spread(self.bytes)} bytes; {_spread(self.pixels)} pixels, the largest {width:,} x {height:,}; "
-            f"a picture took {self.fetch_seconds * 1000:,.1f} ms to fetch and {self.decode_seconds * 1000:,.1f} ms to "
-            f"decode, {self.pictures / max(self.seconds, 1e-9):,.0f} a second"
+            f"{text}; {_range(self.bytes)} bytes; {_range(self.pixels)} pixels, the largest {width:,} x {height:,}; "
+            f"{self.fetch_seconds * 1000:,.1f} ms to fetch and {self.decode_seconds * 1000:,.1f} ms to decode each; "
+            f"{self.images / max(self.seconds, 1e-9):,.0f} images per second"
         )
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What `validate` found: counts, and the first rows that have each problem."""
+    """The result of `validate`: counts, and the first rows that have each kind of problem."""
 
     manifest: str
-    format: str
+    format: Format
     files: int
     rows: int
     failing: int
-    """Rows that would fail in a run, as far as can be told without a model."""
+    """Rows that would fail in a run, as far as this can be checked without a model."""
     unreadable: str | None
     """Why the manifest could not be read to its end; the counts are of the rows before."""
     roles: dict[str, str | tuple[str, ...]]
-    """The columns that are read, by what for."""
+    """The columns that are read, by role."""
     ignored: tuple[str, ...]
-    """The columns that are not; of JSONL, of those in the first rows."""
+    """The columns that are not read; for JSONL, those of the first rows."""
     ids: Ids | None
     prompts: Prompts
-    pictures: Pictures
+    images: Images
     sharing: Sharing
     problems: tuple[Problem, ...]
     probe: Probe | None
@@ -164,31 +166,35 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def exit_code(self) -> int:
-        """3 where there is an error, which a warning is not; else 0."""
+        """The exit code of `batchvl validate`: 3 if there is an error, 0 if there are at most warnings."""
         problems = (*self.problems, *(self.probe.problems if self.probe is not None else ()))
         return 3 if self.unreadable or any(problem.level == "error" for problem in problems) else 0
 
     def as_json(self) -> str:
-        """All of it as a JSON object."""
-        whole: dict[str, Any] = {"exit_code": self.exit_code, **msgspec.to_builtins(self)}
-        whole["sharing"] |= {"shared": self.sharing.shared, "apart": self.sharing.apart}
-        return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode()
+        """Return the report as a JSON object."""
+        report: dict[str, Any] = {"exit_code": self.exit_code, **msgspec.to_builtins(self)}
+        report["sharing"] |= {"shared": self.sharing.shared, "repeated_reads": self.sharing.repeated_reads}
+        return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
 
     def __str__(self) -> str:
-        where = pluralize(self.files, _FILES[self.format])
-        lines = [f"{self.manifest}: {pluralize(self.rows)} in {where}, looked at in {self.seconds:,.1f} s"]
-        for name, text in (
-            ("columns", self._columns()), ("ids", str(self.ids or "none")), ("prompts", str(self.prompts)),
-            ("pictures", str(self.pictures)), ("repeats", str(self.sharing) if self.pictures.references else ""),
-            ("probe", str(self.probe or "")),
-        ):  # fmt: skip
+        files = pluralize(self.files, FORMAT_NOUNS[self.format])
+        lines = [f"{self.manifest}: {pluralize(self.rows)} in {files}, checked in {self.seconds:,.1f} s"]
+        sections = {
+            "columns": self._columns(),
+            "ids": str(self.ids or "none"),
+            "prompts": str(self.prompts),
+            "images": str(self.images),
+            "repeats": str(self.sharing) if self.images.references else "",
+            "probe": str(self.probe or ""),
+        }
+        for name, text in sections.items():
             if text:
-                lines += _wrapped(f"{name:{_INDENT}}{text}")
+                lines += _wrap(f"{name:{_INDENT}}{text}")
         errors, warnings = ([p for p in self.problems if p.level == level] for level in ("error", "warning"))
-        lines += _listed("errors", errors)
+        lines += _problem_lines("errors", errors)
         if self.probe is not None:
-            lines += _listed("errors among the rows that were fetched", self.probe.problems)
-        lines += _listed("warnings", warnings)
+            lines += _problem_lines("errors among the probed rows", self.probe.problems)
+        lines += _problem_lines("warnings", warnings)
         return "\n".join([*lines, "", *textwrap.wrap(self._verdict(), _WIDTH)])
 
     def _columns(self) -> str:
@@ -200,36 +206,38 @@ class Report(msgspec.Struct, frozen=True):
         if self.unreadable:
             return f"The manifest cannot be read to its end: {self.unreadable}"
         if self.failing:
-            return f"{pluralize(self.failing)} of {self.rows:,} would fail in a run."
+            return f"{self.failing:,} of {pluralize(self.rows)} would fail in a run."
         if self.exit_code:
-            return "Every row can be asked, but for the errors above."
-        fetched = "" if self.probe is not None or not self.pictures.references else "; --probe N fetches some pictures"
-        return f"Every row can be asked, as far as can be told without a model{fetched}."
+            return "Every row is valid, except for the errors above."
+        verdict = "Every row is valid, as far as this can be checked without a model."
+        if self.probe is None and self.images.references:
+            verdict += " Use --probe N to fetch and decode the images of N rows."
+        return verdict
 
 
-def _listed(what: str, problems: Sequence[Problem]) -> Iterator[str]:
+def _problem_lines(title: str, problems: Sequence[Problem]) -> Iterator[str]:
     if not problems:
         return
     yield ""
-    yield f"{what}:"
+    yield f"{title}:"
     for problem in problems:
-        yield from _wrapped(f"{problem.rows:>{_INDENT - 1},} {problem.code}: {problem.meaning}")
+        yield from _wrap(f"{problem.rows:>{_INDENT - 1},} {problem.code}: {problem.meaning}")
         for example in problem.examples:
-            label = "" if example.id is None else f" (id {example.id!r})"
-            yield from _wrapped(f"{' ' * _INDENT}  row {example.row}{label}: {example.found}", 2)
+            id = "" if example.id is None else f" (id {example.id!r})"
+            yield from _wrap(f"{' ' * _INDENT}  row {example.row}{id}: {example.found}", 2)
 
 
-def _wrapped(line: str, more: int = 0) -> list[str]:
+def _wrap(line: str, more: int = 0) -> list[str]:
     return textwrap.wrap(
         line, _WIDTH, subsequent_indent=" " * (_INDENT + more), break_long_words=False, break_on_hyphens=False
     )
 
 
-def _different(number: int, distinct: int) -> str:
-    return "all different" if number == distinct else f"{distinct:,} different"
+def _distinct(number: int, distinct: int) -> str:
+    return "all distinct" if number == distinct else f"{distinct:,} distinct"
 
 
-def _spread(spread: Quantiles) -> str:
-    if spread.least == spread.greatest:
-        return f"{spread.least:,}"
-    return f"{spread.least:,} to {spread.greatest:,}, median {spread.median:,}"
+def _range(quantiles: Quantiles) -> str:
+    if quantiles.least == quantiles.greatest:
+        return f"{quantiles.least:,}"
+    return f"{quantiles.least:,} to {quantiles.greatest:,} (median {quantiles.median:,})"

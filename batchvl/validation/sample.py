@@ -1,4 +1,4 @@
-"""Some rows of many: `Sample`, and how to read them again: `AllExcept`."""
+"""A random sample of rows, and how to read them again."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ from collections.abc import Iterator, Set
 
 
 class Sample:
-    """At most `size` row numbers, each of those offered as likely as any other (Vitter, Random Sampling with a
-    Reservoir, 1985, algorithm R): the same ones for the same seed."""
+    """Choose at most `size` row numbers, each of those offered with the same probability.
+
+    The same seed chooses the same rows (Vitter, Random Sampling with a Reservoir, 1985, algorithm R).
+    """
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._random = size, random.Random(seed)
         self._offered = 0
-        self._taken: list[int] = []
+        self._chosen: list[int] = []
 
     def offer(self, number: int) -> None:
-        """A row's number."""
+        """Offer a row's number."""
         self._offered += 1
-        if len(self._taken) < self._size:
-            self._taken.append(number)
-        elif (place := int(self._random.random() * self._offered)) < self._size:
-            self._taken[place] = number
+        if len(self._chosen) < self._size:
+            self._chosen.append(number)
+        elif (at := int(self._random.random() * self._offered)) < self._size:
+            self._chosen[at] = number
 
     def numbers(self) -> frozenset[int]:
-        """Those that were taken."""
-        return frozenset(self._taken)
+        """Return the numbers chosen so far."""
+        return frozenset(self._chosen)
 
 
 class AllExcept:
-    """Holds every row but some: what is skipped when these alone are read.
+    """A set of all rows but some: the rows to skip so that only these are read.
 
-    >>> only = AllExcept({5, 3, 9})
-    >>> 3 in only, 4 in only, list(only.missing(range(8)))
+    >>> skip = AllExcept({5, 3, 9})
+    >>> 3 in skip, 4 in skip, list(skip.missing(range(8)))
     (False, True, [3, 5])
     """
 
@@ -43,5 +45,5 @@ class AllExcept:
         return number not in self._numbers
 
     def missing(self, rows: range) -> Iterator[int]:
-        """Those of `rows` that are to be read, in order."""
+        """Yield the rows of `rows` that are not in the set, in order."""
         return iter(sorted(number for number in self._numbers if number in rows))

@@ -1,157 +1,191 @@
-"""One pass over a manifest's rows, and what it counts: `Survey`."""
+"""One pass over a manifest's rows: check each and count what they have in common."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Container, Hashable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from hashlib import blake2b
 
 import msgspec
 
-from ..errors import ManifestError
+from ..errors import ManifestError, RowError
 from ..images.grouping import group_by_images
 from ..types import ImageRef, InlineImage, Request, Row, WebImage
-from .checks import Checked, Checks
-from .duplicates import Counted, Digests, mix64
-from .problems import DUPLICATE_ID, MISSING_ID, NO_PICTURE, REPEATED_QUESTION, Problems
+from .duplicates import DuplicateFinder, Duplicates, mix64
+from .problems import DUPLICATE_ID, MISSING_ID, NO_IMAGE, REPEATED_QUESTION, Problems
 from .quantiles import Histogram
-from .report import Ids, Pictures, Prompts, Sharing
+from .report import Ids, Images, Prompts, Sharing
+from .row_checker import CheckedRow, RowChecker
 from .sample import AllExcept, Sample
 
 Chunks = Iterator[list[Row]]
-Labels = Mapping[int, int | str | None]
+RowIds = Mapping[int, int | str | None]
 
 
 class Survey:
-    """Checks every row, and counts what the rows have in common; a context manager, for one pass.
+    """Check every row, and count what the rows have in common. A context manager, for one pass: `scan`, then `finish`.
 
-    look_ahead: as of a run, whose own `group_by_images` tells which rows share their pictures. sample: is offered the
-    rows that have pictures and would not fail. Memory does not grow with the rows; on disk each takes 64 bytes at most.
+    Memory does not grow with the rows. On disk each row takes at most 64 bytes.
+
+    Args:
+        checker: Checks rows.
+        look_ahead: As of a run: rows that a run would group by their images are read together.
+        sample: Is offered the rows that have images and would not fail.
     """
 
-    def __init__(self, checks: Checks, look_ahead: int, sample: Sample) -> None:
-        self._checks, self._look_ahead, self._sample = checks, look_ahead, sample
+    def __init__(self, checker: RowChecker, look_ahead: int, sample: Sample) -> None:
+        self._checker, self._look_ahead, self._sample = checker, look_ahead, sample
         self.rows = self.failing = 0
         self.problems = Problems()
-        self._labelled = self._asked = self._conversations = 0
+        self._rows_with_id = self._requests = self._conversations = 0
         self._characters = Histogram()
-        self._illustrated = self._references = self._most = self._reads = 0
+        self._rows_with_images = self._references = self._max_per_row = self._reads = 0
         self._kinds: Counter[str] = Counter()
 
     def __enter__(self) -> Survey:
         with ExitStack() as stack:
-            self._ids, self._questions, self._pictures, self._sets = (stack.enter_context(Digests()) for _ in range(4))
+            self._ids, self._questions, self._images, self._image_sets = (
+                stack.enter_context(DuplicateFinder()) for _ in range(4)
+            )
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    async def go(self, chunks: Chunks) -> None:
-        """Takes the rows in. Raises ManifestError where they end too early; what came before is counted."""
-        async for group in group_by_images(self._each(chunks), self._look_ahead):
+    async def scan(self, chunks: Chunks) -> None:
+        """Check and count the rows.
+
+        Raises:
+            ManifestError: The manifest ends too early. The rows before are counted.
+        """
+        async for group in group_by_images(self._checked_rows(chunks), self._look_ahead):
             self._reads += bool(group[0].images)
 
-    async def _each(self, chunks: Chunks) -> AsyncIterator[Row]:
+    async def _checked_rows(self, chunks: Chunks) -> AsyncIterator[Row]:
         for rows in chunks:
-            await asyncio.sleep(0)  # where an interrupt is heard
-            for checked in await self._checks.of(rows):
-                self._take(checked)
+            await asyncio.sleep(0)  # an interrupt is handled here
+            for checked in await self._checker.check(rows):
+                self._count(checked)
                 yield checked.row
 
-    def _take(self, checked: Checked) -> None:
+    def _count(self, checked: CheckedRow) -> None:
         row, request, failure = checked
         self.rows += 1
-        if row.id is not None:
-            self._labelled += 1
-            self._ids.add(mix64(row.id) if isinstance(row.id, int) else hash(row.id), row.number)
-        elif row.failure is None:
-            self.problems.add(MISSING_ID, row.number, None, "has none")
+        self._count_id(row)
+        self._count_images(row)
         if request is not None:
-            self._asked += 1
+            self._requests += 1
             self._conversations += bool(request.followups)
             self._characters.add(_characters(request))
-        self._take_pictures(row)
-        if failure is not None or request is None:
+        if failure is not None:
             self.failing += 1
-            assert failure is not None
             self.problems.add(failure.code, row.number, row.id, failure.message)
-            return
-        self._questions.add(hash(_question(row, request)), row.number)
-        if row.images:
-            self._sample.offer(row.number)
-        else:
-            self.problems.add(NO_PICTURE, row.number, row.id, "has none")
+        elif request is not None:
+            self._questions.add(hash(_question(row, request)), row.number)
+            if row.images:
+                self._sample.offer(row.number)
+            else:
+                self.problems.add(NO_IMAGE, row.number, row.id, "no image")
 
-    def _take_pictures(self, row: Row) -> None:
+    def _count_id(self, row: Row) -> None:
+        if row.id is not None:
+            self._rows_with_id += 1
+            self._ids.add(mix64(row.id) if isinstance(row.id, int) else hash(row.id), row.number)
+        elif row.failure is None:
+            self.problems.add(MISSING_ID, row.number, None, "no id")
+
+    def _count_images(self, row: Row) -> None:
         if not row.images:
             return
-        self._illustrated += 1
+        self._rows_with_images += 1
         self._references += len(row.images)
-        self._most = max(self._most, len(row.images))
-        self._sets.add(hash(row.images), row.number)
+        self._max_per_row = max(self._max_per_row, len(row.images))
+        self._image_sets.add(hash(row.images), row.number)
         for image in row.images:
             self._kinds[_kind(image)] += 1
-            self._pictures.add(hash(image), row.number)
+            self._images.add(hash(image), row.number)
 
-    def end(self, read: Callable[[Container[int]], Chunks], *, has_ids: bool, wants_pictures: bool) -> None:
-        """Once, after the pass: finds what is there twice.
+    def finish(self, read: Callable[[Container[int]], Chunks], *, has_ids: bool, has_images: bool) -> None:
+        """Find duplicates. Call it once, after the scan.
 
-        Of digests that are the same the first rows are read again, and compared, for two may be the same by chance.
-        read: the rows again, but for those in what it is given. has_ids, wants_pictures: whether the manifest has a
-        column of them.
+        The first rows whose digests are equal are read again and compared, since digests may be equal by chance.
+
+        Args:
+            read: Reads the rows that are not in the set that it is given.
+            has_ids: Whether the manifest has a column of ids.
+            has_images: Whether the manifest has a column of images.
         """
-        ids, questions = self._ids.count(), self._questions.count()
-        labels: dict[int, int | str | None] = {}
-        asked: dict[int, bytes] = {}
-        suspects = {number for pair in (*ids.pairs, *questions.pairs) for number in pair}
-        try:
-            for row in (row for rows in (read(AllExcept(suspects)) if suspects else ()) for row in rows):
-                labels[row.number] = row.id
-                if (request := self._checks.request(row)) is not None:
-                    asked[row.number] = blake2b(msgspec.msgpack.encode(_question(row, request))).digest()
-        except ManifestError:
-            pass  # as before: what cannot be read a second time counts by its digest alone
-        self._distinct_ids = ids.distinct + self._confirm(DUPLICATE_ID, ids, labels, labels, "the same as row")
-        self._confirm(REPEATED_QUESTION, questions, asked, labels, "asks the same as row")
+        ids, questions = self._ids.finish(), self._questions.finish()
+        row_ids, row_questions = self._read_again(
+            {row for pair in (*ids.pairs, *questions.pairs) for row in pair}, read
+        )
+        false_duplicates = self._add_duplicates(DUPLICATE_ID, ids, row_ids, row_ids, "same id as row")
+        self._distinct_ids = ids.distinct + false_duplicates
+        self._add_duplicates(REPEATED_QUESTION, questions, row_questions, row_ids, "same question as row")
         if not has_ids:
-            self.problems.drop(MISSING_ID)
-        if not (wants_pictures or self._illustrated):
-            self.problems.drop(NO_PICTURE)
+            self.problems.discard(MISSING_ID)
+        if not (has_images or self._rows_with_images):
+            self.problems.discard(NO_IMAGE)
 
-    def _confirm(self, code: str, found: Counted, values: Mapping[int, Hashable], labels: Labels, text: str) -> int:
-        """Counts what repeats an earlier row as problems; returns how often that only seemed so."""
-        seeming = 0
-        for number, earlier in found.pairs:
+    def _read_again(
+        self, numbers: set[int], read: Callable[[Container[int]], Chunks]
+    ) -> tuple[dict[int, int | str | None], dict[int, bytes]]:
+        """Return the ids and the hashes of the questions of some rows, by row."""
+        ids: dict[int, int | str | None] = {}
+        questions: dict[int, bytes] = {}
+        # What cannot be read a second time counts by its digest alone.
+        with suppress(ManifestError):
+            for row in (row for rows in (read(AllExcept(numbers)) if numbers else ()) for row in rows):
+                ids[row.number] = row.id
+                with suppress(RowError):
+                    question = _question(row, self._checker.request(row))
+                    questions[row.number] = blake2b(msgspec.msgpack.encode(question)).digest()
+        return ids, questions
+
+    def _add_duplicates(
+        self, code: str, duplicates: Duplicates, values: Mapping[int, Hashable], ids: RowIds, found: str
+    ) -> int:
+        """Count rows that repeat an earlier row as problems, and return how many only seemed to.
+
+        Args:
+            code: The kind of problem.
+            duplicates: Rows with equal digests.
+            values: The rows' values, which are compared.
+            ids: The rows' ids, for examples.
+            found: What an example has, in words; the earlier row's number follows.
+        """
+        false_duplicates = 0
+        for number, earlier in duplicates.pairs:
             if values.get(number) == values.get(earlier):
-                self.problems.add(code, number, labels.get(number), f"{text} {earlier}")
+                self.problems.add(code, number, ids.get(number), f"{found} {earlier}")
             else:
-                seeming += 1
-        self.problems.count(code, found.repeated - len(found.pairs))
-        return seeming
+                false_duplicates += 1
+        self.problems.add_rows(code, duplicates.repeated - len(duplicates.pairs))
+        return false_duplicates
 
     def ids(self, type: str | None) -> Ids | None:
-        """The labels, after `end`; None where there are none."""
-        return Ids(type, self._labelled, self._distinct_ids) if type is not None else None
+        """Return the counts of ids, after `finish`; None if the manifest has none."""
+        return Ids(type, self._rows_with_id, self._distinct_ids) if type is not None else None
 
     def prompts(self) -> Prompts:
-        """What is asked."""
-        return Prompts(self._asked, self._conversations, self._characters.spread())
+        """Return the counts of prompts."""
+        return Prompts(self._requests, self._conversations, self._characters.quantiles())
 
-    def pictures(self) -> Pictures:
-        """Where pictures are; once, after the pass."""
-        distinct = self._pictures.count().distinct
-        return Pictures(self._references, distinct, self._illustrated, self._most, dict(self._kinds))
+    def images(self) -> Images:
+        """Return the counts of images. Call it once, after the scan."""
+        distinct = self._images.finish().distinct
+        return Images(self._references, distinct, self._rows_with_images, self._max_per_row, dict(self._kinds))
 
     def sharing(self) -> Sharing:
-        """How often pictures are read; once, after the pass."""
-        return Sharing(self._illustrated, self._sets.count().distinct, self._reads, self._look_ahead)
+        """Return how often images are read. Call it once, after the scan."""
+        return Sharing(self._rows_with_images, self._image_sets.finish().distinct, self._reads, self._look_ahead)
 
 
 def _question(row: Row, request: Request) -> tuple[Hashable, ...]:
-    """All that an answer comes from."""
+    """Return all that an answer depends on."""
     return request.messages, request.followups, request.sampling, row.images
 
 

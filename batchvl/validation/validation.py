@@ -1,4 +1,4 @@
-"""A whole manifest looked at before anything is paid for: `validate`."""
+"""Validate a whole manifest before a run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ from ..images.url_checker import UrlChecker
 from ..manifest import Manifest
 from ..results.record import schema
 from ..types import Row
-from .checks import Checks
-from .paths import Paths
+from .file_checker import FileChecker
 from .probing import Prober
 from .report import Probe, Report
+from .row_checker import RowChecker
 from .sample import AllExcept, Sample
 from .survey import Survey
-
-__all__ = ["Report", "validate"]
 
 
 def validate(
@@ -42,19 +40,29 @@ def validate(
     quiet: bool = False,
     **options: Any,
 ) -> Report:
-    """Looks at every row of a manifest without a model, as `run` would read it: what `batchvl validate` does.
+    """Check every row of a manifest as `run` would read it, without a model. `batchvl validate` calls this function.
 
-    Columns, ids, prompts, settings and references of pictures are checked; files are looked for, no picture is opened,
-    and nothing is fetched, but for the pictures of `probe` rows, drawn at random by `seed`. Options are those of `run`.
-    Memory does not grow with the manifest: 64 bytes a row go to a temporary file in TMPDIR.
-
-    Raises a UsageError for what `run` would refuse by its options and columns: no such manifest, a column missing.
+    Columns, ids, prompts, settings and references to images are checked. Image files must exist, but are not opened,
+    and URLs are not fetched, except for the images of `probe` random rows. Memory does not grow with the manifest: up
+    to 64 bytes per row go to a temporary file in TMPDIR.
 
     Example:
-
         report = batchvl.validate("manifest.parquet", probe=100)
         for problem in report.problems:
             print(problem.level, problem.code, problem.rows, problem.examples[0])
+
+    Args:
+        manifest: The manifest's path; by default the one that the job file names.
+        probe: Number of random rows whose images are fetched and decoded. `seed` chooses them.
+        config: A job file (TOML).
+        quiet: Show no progress bar.
+        **options: Options of `run`.
+
+    Returns:
+        Counts, and the first rows that have each kind of problem.
+
+    Raises:
+        UsageError: `run` would reject the manifest or the options as a whole: no such file, a missing column.
     """
     if probe < 0:
         raise OptionError(f"--probe: found {probe}, want a number of rows, or 0 to fetch nothing")
@@ -63,43 +71,46 @@ def validate(
 
 
 class Validation:
-    """One look at a manifest. Raises a UsageError for what a run would refuse."""
+    """The validation of one manifest.
+
+    Raises:
+        UsageError: A run would reject the manifest or the options as a whole.
+    """
 
     def __init__(self, source: str, options: RunOptions, probe: int, *, quiet: bool = False) -> None:
         self._source, self._options, self._probe_rows = source, options, probe
-        self._hidden = quiet or not sys.stderr.isatty()
+        self._hide_progress = quiet or not sys.stderr.isatty()
         check_roots(options.fetch.image_root)
         self._guard = NetworkGuard(options.fetch.allow_private)
         self._manifest = Manifest.open(source, options.manifest, options.prompt)
+        # Raises OptionError if a column of --keep has the name of an output column.
         schema(self._manifest.schema.id_type or "string", self._manifest.schema.kept)
-        roots = [str(self._manifest.folder), *options.fetch.image_root]
+        roots = [str(self._manifest.directory), *options.fetch.image_root]
         self._roots = [Path(os.path.realpath(root)) for root in roots]
         self._task: asyncio.Task[Report] | None = None
 
     async def run(self) -> Report:
-        """Goes over the rows, once more over those that seem to be there twice, and fetches some."""
+        """Read the rows once, those that seem to be duplicates a second time, and probe some."""
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         started = time.monotonic()
         manifest, options = self._manifest, self._options
         sample = Sample(self._probe_rows, options.sampling.seed)
         unreadable = probe = None
-        async with UrlChecker(self._guard) as reach:
-            with Paths(self._roots, options.fetch.max_image_bytes) as paths:
-                checks = Checks(options, reach, paths)
-                with Survey(checks, options.image.look_ahead, sample) as survey:
+        async with UrlChecker(self._guard) as urls:
+            with FileChecker(self._roots, options.fetch.max_image_bytes) as files:
+                checker = RowChecker(options, urls, files)
+                with Survey(checker, options.image.look_ahead, sample) as survey:
                     try:
-                        with self._bar("rows", self._expected()) as bar:
-                            await survey.go(_counted(self._rows(), bar))
+                        with self._progress("rows", self._expected_rows()) as progress:
+                            await survey.scan(_with_progress(self._rows(), progress))
                     except ManifestError as error:
                         unreadable = str(error)
                     roles = manifest.roles
-                    survey.end(
-                        self._rows, has_ids=manifest.schema.id_type is not None,
-                        wants_pictures=bool(roles.images or roles.image),
-                    )  # fmt: skip
+                    has_images = bool(roles.images or roles.image)
+                    survey.finish(self._rows, has_ids=manifest.schema.id_type is not None, has_images=has_images)
                     if (numbers := sample.numbers()) and unreadable is None:
-                        probe = await self._probe(numbers, checks)
+                        probe = await self._probe(numbers, checker)
                     return Report(
                         manifest=self._source,
                         format=manifest.files.format,
@@ -108,40 +119,40 @@ class Validation:
                         failing=survey.failing,
                         unreadable=unreadable,
                         roles={role: name for role, name in asdict(roles).items() if name},
-                        ignored=tuple(name for name in manifest.columns if name not in roles.read),
+                        ignored=tuple(name for name in manifest.columns if name not in roles.names),
                         ids=survey.ids(manifest.schema.id_type),
                         prompts=survey.prompts(),
-                        pictures=survey.pictures(),
+                        images=survey.images(),
                         sharing=survey.sharing(),
-                        problems=survey.problems.found(),
+                        problems=survey.problems.ranked(),
                         probe=probe,
                         seconds=round(time.monotonic() - started, 3),
                     )
 
     def interrupt(self) -> None:
-        """Ends `run` early, from another thread. Raises KeyboardInterrupt."""
+        """Cancel `run` from another thread. Raises KeyboardInterrupt."""
         if self._task is not None:
-            with suppress(RuntimeError):  # it has ended
+            with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._task.cancel)
         raise KeyboardInterrupt
 
-    async def _probe(self, numbers: frozenset[int], checks: Checks) -> Probe:
-        async with Prober(self._options, self._roots, checks) as prober:
-            with self._bar("rows fetched", len(numbers)) as bar:
-                return await prober.of(self._rows(AllExcept(numbers)), bar.update)
+    async def _probe(self, numbers: frozenset[int], checker: RowChecker) -> Probe:
+        async with Prober(self._options, self._roots, checker.request) as prober:
+            with self._progress("rows fetched", len(numbers)) as progress:
+                return await prober.run(self._rows(AllExcept(numbers)), progress.update)
 
     def _rows(self, skip: Container[int] = ()) -> Iterator[list[Row]]:
         return self._manifest.rows(self._options.manifest.shard, skip)
 
-    def _expected(self) -> int | None:
+    def _expected_rows(self) -> int | None:
         total, shard = self._manifest.estimate(), self._options.manifest.shard
         return None if total is None else len(shard.rows(total))
 
-    def _bar(self, what: str, total: int | None) -> tqdm[Any]:
-        return tqdm(total=total, unit=f" {what}", dynamic_ncols=True, leave=False, disable=self._hidden)
+    def _progress(self, unit: str, total: int | None) -> tqdm[Any]:
+        return tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, leave=False, disable=self._hide_progress)
 
 
-def _counted(chunks: Iterator[list[Row]], bar: tqdm[Any]) -> Iterator[list[Row]]:
+def _with_progress(chunks: Iterator[list[Row]], progress: tqdm[Any]) -> Iterator[list[Row]]:
     for rows in chunks:
         yield rows
-        bar.update(len(rows))
+        progress.update(len(rows))

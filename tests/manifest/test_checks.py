@@ -1,4 +1,4 @@
-"""What is told before a model is loaded: the file, what was found, what is wanted."""
+"""Errors of a manifest as a whole, before a model is loaded: they say what was found, what is wanted, and where."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROW = {"question": "What?", "url": "cat.jpg", "n": 1}
         ({"prompt": "What of {text}?"}, "--prompt"),
     ],
 )
-def test_a_missing_column_is_told_with_those_there(
+def test_a_missing_column_is_reported_with_the_available_ones(
     tmp_path: Path, name: str, options: dict[str, Any], flag: str
 ) -> None:
     path = write(tmp_path / name, [ROW])
@@ -40,17 +40,15 @@ def test_a_missing_column_is_told_with_those_there(
 
 
 @pytest.mark.parametrize("name", ["m.parquet", "m.jsonl", "m.csv"])
-def test_neither_prompts_nor_pictures(tmp_path: Path, name: str) -> None:
+def test_neither_prompts_nor_images(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, [ROW])
-    with pytest.raises(
-        ManifestError, match=r"neither prompts nor pictures; the columns are 'question'.*--prompt-column"
-    ):
+    with pytest.raises(ManifestError, match=r"neither prompts nor images; the columns are 'question'.*--prompt-column"):
         opened(path)
     assert opened(path, prompt="Say {question}").check() is None
     assert rows_of(path, prompt_column="question")[0].prompt == "What?"
 
 
-def test_a_column_that_is_named_leaves_the_other_default_unread(tmp_path: Path) -> None:
+def test_naming_one_prompt_column_leaves_the_other_default_unread(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "chat"}]
     path = write(tmp_path / "m.jsonl", [{"prompt": "p", "messages": chat, "other": "o", "chat": chat}])
     (row,) = rows_of(path)
@@ -62,7 +60,7 @@ def test_a_column_that_is_named_leaves_the_other_default_unread(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("column", "kind", "value", "told"),
+    ("column", "kind", "value", "expected"),
     [
         ("prompt", pa.int64(), 1, "column 'prompt' is int64, want strings, or lists of strings; see --prompt-column"),
         ("images", pa.list_(pa.list_(pa.string())), [["a"]], "want strings, binary"),
@@ -70,19 +68,19 @@ def test_a_column_that_is_named_leaves_the_other_default_unread(tmp_path: Path) 
         ("id", pa.float32(), 1.0, "column 'id' is float, want integers or strings"),
         ("messages", pa.list_(pa.string()), ["a"], "column 'messages' is list<element: string>, want lists of structs"),
         ("generation", pa.int8(), 1, "want structs, maps, or JSON in strings"),
-        ("t", pa.binary(), b"a", "column 't' is binary, want what can be written as text; see --prompt"),
+        ("t", pa.binary(), b"a", "column 't' is binary, want values that can be written as text; see --prompt"),
     ],
 )
-def test_a_wrong_type_in_parquet(tmp_path: Path, column: str, kind: pa.DataType, value: Any, told: str) -> None:
+def test_a_wrong_type_in_parquet(tmp_path: Path, column: str, kind: pa.DataType, value: Any, expected: str) -> None:
     schema = pa.schema({"q": pa.string(), column: kind})
     path = write(tmp_path / "m.parquet", [{"q": "?", column: value}], schema=schema)
     with pytest.raises(ManifestError) as error:
         opened(path, prompt="{q} {t}" if column == "t" else "{q}")
-    assert told in str(error.value)
+    assert expected in str(error.value)
     assert str(path) in str(error.value)
 
 
-def test_files_of_different_columns_or_types(tmp_path: Path) -> None:
+def test_files_with_different_columns_or_types(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [{"prompt": "p", "k": 1}])
     write(tmp_path / "b.parquet", [{"text": "p", "k": "x"}])
     with pytest.raises(ManifestError, match=r"b.parquet: column 'prompt' is missing here.*the columns are text, k"):
@@ -90,39 +88,43 @@ def test_files_of_different_columns_or_types(tmp_path: Path) -> None:
     write(tmp_path / "b.parquet", [{"prompt": "p", "k": "x"}])
     with pytest.raises(ManifestError, match=r"b.parquet: column 'k' of --keep is string, but int64 in a.parquet"):
         opened(tmp_path, keep=("k",))
-    with pytest.raises(ManifestError, match="'k' is string in some files, integer in others"):
+    with pytest.raises(ManifestError, match="'k' has strings in some files and integers in others"):
         opened(tmp_path, id_column="k")
     assert len(rows_of(tmp_path)) == 2
 
 
-def test_a_column_that_stands_twice(tmp_path: Path) -> None:
+def test_a_column_that_appears_twice(tmp_path: Path) -> None:
     write_bytes(tmp_path / "m.csv", b"prompt,prompt\na,b\n")
-    with pytest.raises(ManifestError, match="'prompt' is there twice"):
+    with pytest.raises(ManifestError, match="'prompt' appears twice"):
         opened(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "told"),
+    ("name", "data", "expected"),
     [
         ("m.parquet", b"", "has 0 bytes; want Parquet"),
-        ("m.parquet", b"PAR1 no footer here", "no whole Parquet file"),
+        ("m.parquet", b"PAR1 no footer here", "not a complete Parquet file"),
         ("m.jsonl", b"", "has no rows (0 bytes)"),
         ("m.jsonl", b"\n \r\n\n", "has no rows (5 bytes)"),
         ("m.jsonl.gz", b"", "has no rows"),
         ("m.csv", b"", "has no rows; want a line of column names"),
         ("m.csv", b"prompt\n", "has no rows (7 bytes)"),
         ("m.jsonl", b"\nprompt,image\n", "line 2: not JSON"),
-        ("m.jsonl", b'[{"prompt": "a"}]', "line 1: no JSON object: Expected `object`, got `array`; found '[{\"prompt"),
+        (
+            "m.jsonl",
+            b'[{"prompt": "a"}]',
+            "line 1: not a JSON object: Expected `object`, got `array`; found '[{\"prompt",
+        ),
         ("m.jsonl", b'{"prompt": "a"}\n' + b"x\n" * 2, "line 2: not JSON"),
         ("m.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: not JSON"),
         ("m.csv", b"prompt;image\na,b\nc,d\n", "line 2: found 2 cells, want 1"),
     ],
 )
-def test_a_file_that_is_no_manifest(tmp_path: Path, name: str, data: bytes, told: str) -> None:
+def test_a_file_that_is_not_a_manifest(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
     path = write_bytes(tmp_path / name, data)
     with pytest.raises(ManifestError) as error:
         opened(path)
-    assert told in str(error.value)
+    assert expected in str(error.value)
     assert str(path) in str(error.value)
 
 
@@ -135,7 +137,7 @@ def test_a_truncated_file(tmp_path: Path, name: str) -> None:
     assert str(path) in str(error.value)
 
 
-def test_a_parquet_without_rows(tmp_path: Path) -> None:
+def test_parquet_without_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", [], schema=pa.schema({"prompt": pa.string()}))
     with pytest.raises(ManifestError, match=r"a.parquet: has no rows; want at least one"):
         opened(path)
@@ -143,14 +145,14 @@ def test_a_parquet_without_rows(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path)) == 1
 
 
-def test_the_first_line_of_every_file_is_looked_at(tmp_path: Path) -> None:
+def test_the_first_line_of_every_file_is_checked(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"prompt": "p"}] * 60)
     path = write_bytes(tmp_path / "b.jsonl", b"prompt\nx\n")
     with pytest.raises(ManifestError, match=rf"{path} line 1: not JSON"):
         opened(tmp_path)
 
 
-def test_text_whose_first_rows_are_all_bad(tmp_path: Path) -> None:
+def test_text_with_only_bad_rows_at_the_start(tmp_path: Path) -> None:
     manifest = opened(write(tmp_path / "m.jsonl", [{"prompt": 5}] * 10))
     with pytest.raises(ManifestError, match=r"first 10 rows is bad; the first: prompt: found int, want a string"):
         manifest.check()
@@ -159,7 +161,7 @@ def test_text_whose_first_rows_are_all_bad(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["m.parquet", "m.jsonl", "m.csv", "m.jsonl.zst"])
 @pytest.mark.parametrize("kind", [int, str])
-def test_ids_that_are_the_same(tmp_path: Path, name: str, kind: type) -> None:
+def test_duplicate_ids(tmp_path: Path, name: str, kind: type) -> None:
     rows = [{"prompt": "p", "id": kind(number)} for number in range(1000)]
     path = write(tmp_path / name, rows)
     opened(path).check()
@@ -179,5 +181,5 @@ def test_checking_ids_is_quick_and_bounded(tmp_path: Path) -> None:
     manifest = opened(path)
     started = time.process_time()
     manifest.check()
-    # 0.2 s on an idle core; this is to find a loop that is slower by kind.
+    # 0.2 s on an idle core. The limit finds an implementation that is slower by a factor.
     assert time.process_time() - started < 1

@@ -1,4 +1,4 @@
-"""Any manifest: its rows are complete and in order, its values right, and nothing but a ManifestError is raised."""
+"""For any manifest, rows are complete and in order, values are right, and no error but ManifestError is raised."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from batchvl.config.options import ManifestOptions, PromptOptions, SamplingOptio
 from batchvl.config.units import Shard
 from batchvl.errors import ManifestError, PromptError
 from batchvl.manifest import Manifest
-from batchvl.prompts.template import Prompter
+from batchvl.prompts.prompter import Prompter
 from batchvl.types import Row
 from tests.manifest.writing import numbers
 
-odd = st.sampled_from(
-    [
-        "{x}",
-        "{{prompt}}",
-        "{}",
-        '{"a": {b}}',
-        "<IMAGE_TOKEN>",
-        "<|im_end|>",
-        "\u2028",
-        "\0",
-        "é\u0301",
-        "😀",
-        "\r\n",
-        '"',
-    ]
+ODD = (
+    "{x}",
+    "{{prompt}}",
+    "{}",
+    '{"a": {b}}',
+    "<IMAGE_TOKEN>",
+    "<|im_end|>",
+    "\u2028",
+    "\0",
+    "é\u0301",
+    "😀",
+    "\r\n",
+    '"',
 )
+odd = st.sampled_from(ODD)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.lists(odd, max_size=3).map("".join)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
@@ -67,8 +66,8 @@ def test_jsonl_and_parquet_and_their_shards_agree(rows: list[dict[str, Any]], sh
     kinds = {"id": pa.string(), "prompt": pa.string(), "images": pa.list_(pa.string()), "k": pa.string()}
     # Without a string among its first ids, JSONL has no ids at all.
     rows = [{**rows[0], "id": "first"}, *rows]
-    with tempfile.TemporaryDirectory() as folder:
-        parquet, jsonl = Path(folder) / "m.parquet", Path(folder) / "m.jsonl"
+    with tempfile.TemporaryDirectory() as directory:
+        parquet, jsonl = Path(directory) / "m.parquet", Path(directory) / "m.jsonl"
         pq.write_table(pa.Table.from_pylist(rows, pa.schema(kinds)), parquet, row_group_size=7)
         jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
         found = read(parquet, keep=("k",))
@@ -76,28 +75,28 @@ def test_jsonl_and_parquet_and_their_shards_agree(rows: list[dict[str, Any]], sh
             found == read(jsonl, keep=("k",)) == read(jsonl, shards, keep=("k",)) == read(parquet, shards, keep=("k",))
         )
     assert numbers(found) == list(range(len(rows)))
-    for row, wrote in zip(found, rows, strict=True):
-        assert (row.id, row.kept["k"], row.columns["k"]) == (wrote["id"], wrote["k"], wrote["k"])
+    for row, written in zip(found, rows, strict=True):
+        assert (row.id, row.kept["k"], row.columns["k"]) == (written["id"], written["k"], written["k"])
         if row.failure is None:
-            assert row.prompt == (wrote["prompt"] or "")
-            assert len(row.images) == sum(image is not None for image in wrote["images"] or ())
+            assert row.prompt == (written["prompt"] or "")
+            assert len(row.images) == sum(image is not None for image in written["images"] or ())
 
 
 @quick
 @given(st.lists(any_rows | values, min_size=1, max_size=20), st.booleans())
-def test_any_json_gives_a_right_row_or_a_failed_one(rows: list[Any], ascii_only: bool) -> None:
+def test_any_json_becomes_a_right_row_or_a_failed_one(rows: list[Any], ascii_only: bool) -> None:
     rows = [{"prompt": "p", "k": "x"}, *rows, *[{"prompt": "p"}] * len(rows)]
     prompter = Prompter(PromptOptions(), SamplingOptions(), ["<|im_end|>"])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "m.jsonl"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "m.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows), newline="")
         found = read(path)
     assert numbers(found) == list(range(len(rows)))
-    for row, wrote in zip(found, rows, strict=True):
+    for row, written in zip(found, rows, strict=True):
         if row.failure is None:
-            assert isinstance(wrote, dict)
-            assert row.prompt in (wrote.get("prompt"), "")
-            assert row.columns["k"] == wrote.get("k")
+            assert isinstance(written, dict)
+            assert row.prompt in (written.get("prompt"), "")
+            assert row.columns["k"] == written.get("k")
             try:
                 assert prompter.request(row).row == row.number
             except PromptError:
@@ -109,8 +108,8 @@ def test_any_json_gives_a_right_row_or_a_failed_one(rows: list[Any], ascii_only:
 def test_any_bytes_below_good_rows_fail_alone(lines: list[bytes], name: str) -> None:
     lines = [line.replace(b"\n", b"") for line in lines]
     good = [b'{"prompt": "p", "k": "x"}'] * 9 if name == "m.jsonl" else [b"prompt,k", *[b"p,x"] * 9]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / name
         path.write_bytes(b"\n".join([*good, *lines]))
         found = read(path)
         assert read(path, 3) == found
@@ -121,9 +120,9 @@ def test_any_bytes_below_good_rows_fail_alone(lines: list[bytes], name: str) -> 
 
 @quick
 @given(st.binary(max_size=60), st.sampled_from(["m.jsonl", "m.csv", "m.parquet", "m.jsonl.gz", "m.csv.zst"]))
-def test_any_bytes_as_a_manifest_are_read_or_refused(data: bytes, name: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+def test_any_bytes_as_a_manifest_are_read_or_rejected(data: bytes, name: str) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / name
         path.write_bytes(data)
         try:
             manifest = Manifest.open(path, ManifestOptions(), PromptOptions())

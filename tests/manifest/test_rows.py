@@ -1,4 +1,4 @@
-"""What cells become, in every format."""
+"""How cells become rows, in every format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = Columns("id", "prompt", "messages", "images", "image", "generation", ("t",
 
 
 def made(id_type: Any = "string", **cells: Any) -> Row:
-    return RowMaker(ALL, id_type).row(7, [cells.get(name) for name in ALL.read])
+    return RowMaker(ALL, id_type).row(7, [cells.get(name) for name in ALL.names])
 
 
 def failure(**cells: Any) -> tuple[str, str]:
@@ -48,16 +48,16 @@ def failure(**cells: Any) -> tuple[str, str]:
         ({"path": "https://example.org/a"}, WebImage("https://example.org/a")),
     ],
 )
-def test_sources_of_pictures(cell: Any, image: Any) -> None:
+def test_image_sources(cell: Any, image: Any) -> None:
     assert made(image=cell).images == (image,)
     assert made(images=[None, "x", None]).images == (FileImage("x"),)
 
 
 @pytest.mark.parametrize(
-    ("cell", "code", "told"),
+    ("cell", "code", "expected"),
     [
-        ("s3://bucket/cat.jpg", "unsupported_source", "s3:// is not read; want http"),
-        ("ftp://user:secret@host/cat.jpg", "unsupported_source", "ftp:// is not read"),
+        ("s3://bucket/cat.jpg", "unsupported_source", "s3:// is not supported; want http"),
+        ("ftp://user:secret@host/cat.jpg", "unsupported_source", "ftp:// is not supported"),
         ("file://host/cat.jpg", "unsupported_source", "another host"),
         ("data:image/png;base64,A", "invalid_data_uri", "base64"),
         ("", "invalid_row", "empty string, want a URL or a path"),
@@ -68,23 +68,23 @@ def test_sources_of_pictures(cell: Any, image: Any) -> None:
         ({"url": "x"}, "invalid_row", "found dict"),
     ],
 )
-def test_bad_sources_of_pictures_fail_the_row(cell: Any, code: str, told: str) -> None:
-    found, message = failure(image=cell, prompt="What?", id="a")
-    assert found == code
-    assert told in message
+def test_bad_image_sources_fail_the_row(cell: Any, code: str, expected: str) -> None:
+    actual_code, message = failure(image=cell, prompt="What?", id="a")
+    assert actual_code == code
+    assert expected in message
     assert "secret" not in message
     assert made(image=cell, id="a", k=1).id == "a"
     assert made(image=cell, id="a", k=1).kept == {"k": 1}
 
 
-def test_images_wins_over_image_unless_it_is_null() -> None:
+def test_images_takes_precedence_over_image_unless_it_is_null() -> None:
     assert made(images=["a"], image="b").images == (FileImage("a"),)
     assert made(images=None, image="b").images == (FileImage("b"),)
     assert made(images=[], image="b").images == ()
 
 
 @pytest.mark.parametrize(
-    ("cells", "told"),
+    ("cells", "expected"),
     [
         ({"prompt": 7}, "prompt: found int, want a string or a list of strings"),
         ({"prompt": ["a", None]}, "prompt: found a list with null"),
@@ -92,17 +92,17 @@ def test_images_wins_over_image_unless_it_is_null() -> None:
         ({"prompt": "a", "id": 1.5}, "id: found 1.5, want a string"),
         ({"prompt": "a", "id": ["x"]}, "id: found list"),
         ({"prompt": "a", "generation": 5}, "generation: found int, want an object"),
-        ({"prompt": "a", "generation": "{"}, "generation: a string that is not JSON"),
+        ({"prompt": "a", "generation": "{"}, "generation: found a string that is not JSON"),
     ],
 )
-def test_wrong_types_fail_the_row(cells: dict[str, Any], told: str) -> None:
+def test_wrong_types_fail_the_row(cells: dict[str, Any], expected: str) -> None:
     code, message = failure(**cells)
     assert code == "invalid_row"
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize("messages", [5, "{", "{}", {"role": "user"}])
-def test_what_is_no_list_of_messages_fails_the_row(messages: Any) -> None:
+def test_messages_that_are_not_a_list_fail_the_row(messages: Any) -> None:
     assert failure(messages=messages)[0] == "invalid_messages"
 
 
@@ -116,42 +116,44 @@ def test_ids_are_int64_or_strings() -> None:
     assert row.id is None
 
 
-def test_generation_is_an_object_or_json_and_loses_nulls() -> None:
-    want = {"seed": 1, "stop": ["a"]}
-    assert made(generation={**want, "top_k": None}).generation == want
-    assert made(generation=json.dumps({**want, "top_k": None})).generation == want
-    assert made(generation=[("seed", 1), ("stop", ["a"])]).generation == want
+def test_generation_is_an_object_or_json_without_its_nulls() -> None:
+    expected = {"seed": 1, "stop": ["a"]}
+    assert made(generation={**expected, "top_k": None}).generation == expected
+    assert made(generation=json.dumps({**expected, "top_k": None})).generation == expected
+    assert made(generation=[("seed", 1), ("stop", ["a"])]).generation == expected
 
 
-def test_a_null_prompt_differs_from_a_manifest_without_prompts() -> None:
+def test_a_null_prompt_is_not_a_manifest_without_prompts() -> None:
     assert made(image="a").prompt == ""
     assert RowMaker(Columns(image="image"), None).row(0, ["a"]).prompt is None
 
 
-def picture(source: str | None) -> dict[str, Any]:
+def image_part(source: str | None) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": source}} if source else {"type": "image"}
 
 
-def numbered(row: Row) -> list[Any]:
+def image_numbers(row: Row) -> list[Any]:
     assert row.messages is not None
     return [part["image"] for part in row.messages[0]["content"] if part["type"] == "image"]
 
 
-def test_pictures_in_messages_become_the_rows_pictures() -> None:
-    content = [picture("a.jpg"), {"type": "text", "text": "and"}, {"type": "image", "image": "b.jpg"}]
+def test_images_in_messages_become_the_rows_images() -> None:
+    content = [image_part("a.jpg"), {"type": "text", "text": "and"}, {"type": "image", "image": "b.jpg"}]
     row = made(messages=[{"role": "user", "content": content}])
     assert row.images == (FileImage("a.jpg"), FileImage("b.jpg"))
-    assert numbered(row) == [0, 1]
+    assert image_numbers(row) == [0, 1]
     assert row.messages == made(messages=json.dumps([{"role": "user", "content": content}])).messages
 
 
-def test_pictures_of_the_column_fill_placeholders_or_come_first() -> None:
-    row = made(messages=[{"role": "user", "content": [picture(None), picture("m"), picture(None)]}], images=["c", "d"])
+def test_images_of_the_column_fill_placeholders_or_come_first() -> None:
+    row = made(
+        messages=[{"role": "user", "content": [image_part(None), image_part("m"), image_part(None)]}], images=["c", "d"]
+    )
     assert row.images == (FileImage("c"), FileImage("m"), FileImage("d"))
-    assert numbered(row) == [0, 1, 2]
-    row = made(messages=[{"role": "user", "content": [picture("m")]}], images=["c", "d"])
+    assert image_numbers(row) == [0, 1, 2]
+    row = made(messages=[{"role": "user", "content": [image_part("m")]}], images=["c", "d"])
     assert row.images == (FileImage("c"), FileImage("d"), FileImage("m"))
-    assert numbered(row) == [2]
+    assert image_numbers(row) == [2]
     assert made(messages=[{"role": "user", "content": "x"}], images=["c"]).images == (FileImage("c"),)
 
 
@@ -182,7 +184,7 @@ def test_parquet_and_jsonl_give_the_same_rows(tmp_path: Path) -> None:
     assert parquet[0].generation == {"seed": 1}
 
 
-def test_csv_holds_text_json_and_nulls(tmp_path: Path) -> None:
+def test_csv_has_text_json_and_nulls(tmp_path: Path) -> None:
     uri = "data:image/png;base64," + base64.b64encode(bytes(200_000)).decode()
     rows = [
         {"id": "007", "prompt": 'a "b",\nc', "images": '["x.jpg", "y.jpg"]', "generation": '{"seed": 1}', "k": "v"},
@@ -196,7 +198,7 @@ def test_csv_holds_text_json_and_nulls(tmp_path: Path) -> None:
     assert third.failure is not None
 
 
-def test_bytes_and_hugging_face_pictures_in_parquet(tmp_path: Path) -> None:
+def test_bytes_and_hugging_face_images_in_parquet(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "image": {"bytes": b"\xff\xd8", "path": None}}, {"prompt": "p", "image": None}]
     first, second = rows_of(write(tmp_path / "m.parquet", rows))
     assert first.images == (InlineImage(b"\xff\xd8", "image (2 bytes)"),)
@@ -207,14 +209,14 @@ def test_bytes_and_hugging_face_pictures_in_parquet(tmp_path: Path) -> None:
 
 
 def test_messages_as_structs_in_parquet(tmp_path: Path) -> None:
-    content = [picture("a.jpg"), {"type": "text", "text": "what?"}]
+    content = [image_part("a.jpg"), {"type": "text", "text": "what?"}]
     (row,) = rows_of(write(tmp_path / "m.parquet", [{"messages": [{"role": "user", "content": content}]}]))
     assert row.images == (FileImage("a.jpg"),)
     assert row.messages is not None
     assert row.messages[0]["content"][0] == {"type": "image", "image": 0}
 
 
-def test_kept_columns_have_the_manifests_types(tmp_path: Path) -> None:
+def test_kept_columns_keep_their_types(tmp_path: Path) -> None:
     schema = pa.schema(
         {
             "prompt": pa.string(),
@@ -228,17 +230,20 @@ def test_kept_columns_have_the_manifests_types(tmp_path: Path) -> None:
     stamp = datetime(2024, 1, 2, 3, 4, 5, 678)
     table = pa.table(
         {
-            "prompt": ["p"], "n": [3], "d": pa.array(["x"]).dictionary_encode(),
-            "t": pa.array([1704164645000000001], pa.timestamp("ns")), "u": [stamp], "l": [[0.5]],
+            "prompt": ["p"],
+            "n": [3],
+            "d": pa.array(["x"]).dictionary_encode(),
+            "t": pa.array([1704164645000000001], pa.timestamp("ns")),
+            "u": [stamp],
+            "l": [[0.5]],
         }
-    )  # fmt: skip
+    )
     path = tmp_path / "m.parquet"
     pq.write_table(table.cast(schema), path)
     manifest = opened(path, keep=("n", "d", "t", "u", "l"))
     kept = manifest.schema.kept
-    assert [str(kind) for kind in kept.types] == [
-        "int16", "string", "timestamp[ns]", "timestamp[us, tz=UTC]", "list<element: float>",
-    ]  # fmt: skip
+    types = ["int16", "string", "timestamp[ns]", "timestamp[us, tz=UTC]", "list<element: float>"]
+    assert [str(kind) for kind in kept.types] == types
     ((row,),) = manifest.rows()
     read = pa.table({name: pa.array([value], kept.field(name).type) for name, value in row.kept.items()})
     assert read["t"].cast(pa.int64()).to_pylist() == [1704164645000000001]
@@ -264,12 +269,12 @@ def test_kept_values_of_text_become_strings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         (b"nonsense", "not JSON"),
         (b'{"prompt": "cut', "not JSON"),
-        (b"[1]", "no JSON object"),
-        (b'"text"', "no JSON object"),
+        (b"[1]", "not a JSON object"),
+        (b'"text"', "not a JSON object"),
         (b'{"prompt": NaN}', "not JSON"),
         (b'{"prompt": "\\ud800"}', "not JSON"),
         (b'{"prompt": "\xff"}', "not JSON"),
@@ -278,19 +283,19 @@ def test_kept_values_of_text_become_strings(tmp_path: Path) -> None:
         (b'{"prompt": "a", "id": 99999999999999999999}', "id: found 99999999999999999999"),
     ],
 )
-def test_a_bad_line_fails_alone_and_tells_its_number(tmp_path: Path, line: bytes, told: str) -> None:
+def test_a_bad_line_fails_alone_and_reports_its_number(tmp_path: Path, line: bytes, expected: str) -> None:
     good = b'{"prompt": "a", "id": %d}\n'
     path = write_bytes(tmp_path / "m.jsonl", b"\n" + good % 1 + b"  \r\n" + line + b"\n" + good % 2)
     first, bad, last = rows_of(path)
     assert (first.prompt, last.prompt, last.number) == ("a", "a", 2)
     assert bad.failure is not None
-    assert told in bad.failure.message
-    if "id:" not in told:
+    assert expected in bad.failure.message
+    if "id:" not in expected:
         assert f"{path} line 4: " in bad.failure.message
     assert bad.failure.code == "invalid_row"
 
 
-def test_ids_of_jsonl_are_of_the_type_that_the_first_rows_have(tmp_path: Path) -> None:
+def test_ids_of_jsonl_have_the_type_of_the_first_rows(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "id": number} for number in range(1200)]
     late = write(tmp_path / "late.jsonl", [*rows, {"prompt": "p", "id": "x"}])
     assert opened(late).schema.id_type == "int64"
@@ -303,7 +308,7 @@ def test_ids_of_jsonl_are_of_the_type_that_the_first_rows_have(tmp_path: Path) -
     assert [row.id for row in rows_of(early)] == ["x", *map(str, range(1200))]
 
 
-def test_what_json_allows_is_read(tmp_path: Path) -> None:
+def test_all_that_json_allows_is_read(tmp_path: Path) -> None:
     data = b'\xef\xbb\xbf{"prompt": "a", "prompt": "b\\u0000"}\r\n\r\n{"prompt": "\\ud83d\\ude00", "x": -0.0}'
     assert [row.prompt for row in rows_of(write_bytes(tmp_path / "m.jsonl", data))] == ["b\0", "😀"]
 
@@ -314,7 +319,7 @@ def test_a_bad_record_of_csv_fails_alone(tmp_path: Path) -> None:
     assert [row.prompt for row in rows] == ["a", None, None, None, "ü"]
     messages = [row.failure.message for row in rows if row.failure]
     assert "m.csv line 3: found 1 cells, want 2" in messages[0]
-    assert "m.csv line 4: a cell that is not UTF-8" in messages[1]
+    assert "m.csv line 4: a cell is not UTF-8" in messages[1]
     assert "m.csv line 5: new-line character" in messages[2]
 
 

@@ -1,4 +1,4 @@
-"""Manifests for tests, and what batchvl reads of them."""
+"""Write manifests for tests, and read them with batchvl."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 from batchvl.config.options import ManifestOptions, PromptOptions
 from batchvl.config.units import Shard
 from batchvl.manifest import Manifest
+from batchvl.manifest.manifest import ALL
 from batchvl.types import Row
 
 
 def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
-    """Writes rows in the format that the file's name says."""
+    """Write rows in the format of the file's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".parquet"):
@@ -36,7 +37,7 @@ def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> Path:
-    """Writes text, compressed as the file's name says."""
+    """Write text, compressed according to the file's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gz":
         data = gzip.compress(data)
@@ -52,9 +53,7 @@ def opened(source: Path | str, prompt: str | None = None, **options: Any) -> Man
     return Manifest.open(source, ManifestOptions(**options), PromptOptions(prompt=prompt))
 
 
-def rows_of(
-    source: Path | str, shard: Shard = Shard(), skip: Container[int] = (), **options: Any  # noqa: B008
-) -> list[Row]:  # fmt: skip
+def rows_of(source: Path | str, shard: Shard = ALL, skip: Container[int] = (), **options: Any) -> list[Row]:
     return [row for rows in opened(source, **options).rows(shard, skip) for row in rows]
 
 

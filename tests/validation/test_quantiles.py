@@ -1,4 +1,4 @@
-"""Medians of many numbers without keeping them."""
+"""Quantiles of many numbers without keeping them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from batchvl.validation.quantiles import Histogram
 
 
 @given(st.lists(st.integers(0, 2**50), min_size=1))
-def test_it_is_the_spread(numbers: list[int]) -> None:
+def test_quantiles_of_any_numbers(numbers: list[int]) -> None:
     histogram = Histogram()
     for number in numbers:
         histogram.add(number)
-    found = histogram.spread()
-    assert found is not None
-    assert (found.least, found.greatest) == (min(numbers), max(numbers))
-    wanted = median_low(numbers)
-    assert wanted * (1 - 1 / 1024) <= found.median <= wanted
+    quantiles = histogram.quantiles()
+    assert quantiles is not None
+    assert (quantiles.least, quantiles.greatest) == (min(numbers), max(numbers))
+    median = median_low(numbers)
+    assert median * (1 - 1 / 1024) <= quantiles.median <= median
 
 
-def test_of_nothing_there_is_none() -> None:
-    assert Histogram().spread() is None
+def test_quantiles_of_nothing() -> None:
+    assert Histogram().quantiles() is None

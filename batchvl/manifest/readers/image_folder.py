@@ -1,4 +1,4 @@
-"""A folder of pictures: a row each, its id the picture's relative path."""
+"""A directory of images (ImageFolder): one row per image, whose id is its relative path."""
 
 from __future__ import annotations
 
@@ -10,37 +10,32 @@ import pyarrow as pa
 from ...errors import InvalidRow
 from ..columns import Columns
 from ..files import Files
-from ..rows import IdType
-from .base import CHUNK_ROWS, Chunk
+from .base import CHUNK_ROWS, Chunk, Reader
 
 
-class ImageFolderReader:
-    """Pictures' paths, in the columns `id` and `image`."""
+class ImageFolderReader(Reader):
+    """Read the paths of images, in the columns `id` and `image`."""
 
-    available: tuple[str, ...] = ("id", "image")
-    is_text = False
-    row_bytes = 8
+    has_unique_ids = True
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        self.total: int | None = sum(1 for _ in files)
+        self.available = ("id", "image")
+        self.total = sum(1 for _ in files)
 
-    def use(self, columns: Columns) -> None:
-        self.id_type: IdType | None = "string" if columns.id else None
+    def bind(self, columns: Columns) -> None:
+        self.id_type = "string" if columns.id else None
         self.kept = pa.schema([(name, pa.string()) for name in columns.keep])
 
-    def types(self) -> pa.Schema:
+    def schema(self) -> pa.Schema:
         return pa.schema([(name, pa.string()) for name in self.available])
-
-    def estimate(self) -> int | None:
-        return self.total
 
     def chunks(self, names: tuple[str, ...], rows: range, skip: Container[int]) -> Iterator[Chunk]:
         chunk: Chunk = []
         for number, name in enumerate(islice(self._files, rows.start, rows.stop), rows.start):
             if number in skip:
                 continue
-            if name.isprintable() or _is_text(name):
+            if name.isprintable() or _is_utf8(name):
                 chunk.append((number, (name,) * len(names)))
             else:
                 shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -52,7 +47,7 @@ class ImageFolderReader:
             yield chunk
 
 
-def _is_text(name: str) -> bool:
+def _is_utf8(name: str) -> bool:
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""JSONL: an object a line."""
+"""JSONL: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -19,59 +19,61 @@ from .base import Cells
 from .lines import MAX_LINE, OversizedLine, TextFile
 from .text import TextReader
 
-_FIRST = 100
-"""Lines of which half must be JSON objects."""
+_FEW_LINES = 100
+"""Within the first this many lines, at most half this many may be bad; after them, at most half of all."""
 
 
 class JsonlReader(TextReader[bytes]):
-    """Rows of JSONL files. Columns, and whether ids are integers, are learnt from the first rows.
+    """Read rows of JSONL files. Columns, and whether ids are integers, are inferred from the first rows.
 
-    Raises ManifestError where a file begins with what is no JSON object, where most of the first lines are none, or
-    where there is no row at all.
+    Raises:
+        ManifestError: There are no rows, the first line of a file is not a JSON object, or most of the first lines
+            are not.
     """
 
     def __init__(self, files: Files) -> None:
         super().__init__(files)
         decode = msgspec.json.Decoder(dict[str, Any]).decode
         names: dict[str, None] = {}
-        self._ids: dict[str, set[type]] = {}
+        self._types: dict[str, set[type]] = {}
+        """The types of the values that are not null, by column."""
         bad: list[str] = []
-        begun: set[Path] = set()
+        checked: set[Path] = set()
         for at, (path, line, raw) in enumerate(self.sample()):
             try:
-                row = _decoded(decode, raw)
+                row = _decode_line(decode, raw)
             except InvalidRow as error:
                 shown = raw[:40].decode(errors="replace") + "…" * (len(raw) > 40)
-                bad.append(f"{path} line {line}: {error}; found {shown!r}, want one JSON object a line")
+                bad.append(f"{path} line {line}: {error}; found {shown!r}, want one JSON object per line")
                 row = {}
-            if bad and (path not in begun or len(bad) > max(at + 1, _FIRST) / 2):
+            if bad and (path not in checked or len(bad) > max(at + 1, _FEW_LINES) / 2):
                 raise ManifestError(bad[0])
-            begun.add(path)
+            checked.add(path)
             names |= dict.fromkeys(row)
             for name, value in row.items():
                 if value is not None:
-                    self._ids.setdefault(name, set()).add(type(value))
+                    self._types.setdefault(name, set()).add(type(value))
         if len(bad) > (at + 1) / 2:
             raise ManifestError(bad[0])
         self.available = tuple(names)
 
-    def use(self, columns: Columns) -> None:
-        super().use(columns)
-        kinds = self._ids.get(columns.id or "", set())
-        self.id_type = None if not kinds else "int64" if kinds == {int} else "string"
+    def bind(self, columns: Columns) -> None:
+        super().bind(columns)
+        types = self._types.get(columns.id or "", set())
+        self.id_type = None if not types else "int64" if types == {int} else "string"
 
-    def types(self) -> pa.Schema:
+    def schema(self) -> pa.Schema:
         decode = msgspec.json.Decoder(dict[str, Any]).decode
-        found = JsonTypes()
+        types = JsonTypes()
         rows = 0
         for path in self.files:
             with TextFile(path) as file:
                 for raw, _ in self.records(file, RowOffset()):
                     rows += 1
                     with suppress(InvalidRow):
-                        found.add(_decoded(decode, raw))
+                        types.add(_decode_line(decode, raw))
         self.total = rows
-        return found.schema()
+        return types.schema()
 
     def records(self, file: TextFile, start: RowOffset) -> Iterator[tuple[bytes, RowOffset]]:
         number = start.line
@@ -81,20 +83,20 @@ class JsonlReader(TextReader[bytes]):
                 yield line, RowOffset(after, number)
 
     def decoder(self, path: Path, names: tuple[str, ...]) -> Callable[[bytes], Cells]:
-        # A struct of these columns alone: what else a line holds is passed over unread.
+        # A struct of these columns alone: msgspec skips the values of all others.
         fields = {f"c{at}": name for at, name in enumerate(names)}
-        kind = msgspec.defstruct("Line", [(field, Any, None) for field in fields], rename=fields, gc=False)
-        decode = msgspec.json.Decoder(kind).decode
+        struct = msgspec.defstruct("Line", [(field, Any, None) for field in fields], rename=fields, gc=False)
+        decode = msgspec.json.Decoder(struct).decode
         cells = msgspec.structs.astuple
-        return lambda line: cells(_decoded(decode, line))
+        return lambda line: cells(_decode_line(decode, line))
 
 
-def _decoded(decode: Callable[[bytes], Any], line: bytes) -> Any:
+def _decode_line(decode: Callable[[bytes], Any], line: bytes) -> Any:
     try:
         return decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if isinstance(line, OversizedLine):
             raise InvalidRow(f"longer than {MAX_LINE:,} bytes") from None
         if isinstance(error, msgspec.ValidationError) and str(error).startswith("Expected `object`"):
-            raise InvalidRow(f"no JSON object: {error}") from None
+            raise InvalidRow(f"not a JSON object: {error}") from None
         raise InvalidRow(f"not JSON: {error}") from None

@@ -9,11 +9,11 @@ from types import TracebackType
 import pyarrow as pa
 
 from ...errors import ManifestError
-from ..files import COMPRESSED
+from ..files import COMPRESSED_SUFFIXES
 
 BLOCK = 2**18
 MAX_LINE = 2**28
-"""A longer line is cut off, and no row, so that a file without line ends does not fill the memory."""
+"""A longer line is truncated and its row fails, so that a file without line ends does not fill memory."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -22,14 +22,15 @@ class OversizedLine(bytes):
 
 
 class TextFile:
-    """A text file, decompressed by its name; a UTF-8 byte order mark at its start is passed over.
+    """A text file, decompressed if its name has a suffix of COMPRESSED_SUFFIXES, without a UTF-8 byte order mark.
 
-    Raises ManifestError where it cannot be read or decompressed.
+    Raises:
+        ManifestError: The file cannot be read or decompressed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.compressed = path.suffix.lower() in COMPRESSED
+        self.compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
         try:
             # Unbuffered, since blocks are large.
             self._raw = pa.OSFile(str(path)) if self.compressed else open(path, "rb", buffering=0)  # noqa: SIM115
@@ -37,8 +38,8 @@ class TextFile:
             raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from None
         self._stream = self._raw
         if self.compressed:
-            kind = "gzip" if path.suffix.lower() == ".gz" else "zstd"
-            self._stream = pa.CompressedInputStream(self._raw, kind)
+            codec = "gzip" if path.suffix.lower() == ".gz" else "zstd"
+            self._stream = pa.CompressedInputStream(self._raw, codec)
 
     def __enter__(self) -> TextFile:
         return self
@@ -50,44 +51,44 @@ class TextFile:
         self._raw.close()
 
     def position(self) -> int:
-        """Bytes of the file read so far, as they lie on disk."""
+        """Return the number of bytes read from disk so far, before decompression."""
         return int(self._raw.tell())
 
-    def read(self) -> bytes:
-        """The next block; empty at the end."""
+    def lines(self, start: int = 0) -> Iterator[tuple[bytes, int]]:
+        """Yield the lines from a byte offset on, without line feeds, each with the offset of the next line."""
+        if start:
+            self._stream.seek(start)
+        block = self._read_block()
+        if not start and block.startswith(_BOM):
+            block, start = block[len(_BOM) :], len(_BOM)
+        after = start
+        pending: list[bytes] = []
+        size = 0  # of the pending line, before truncation
+        while block:
+            *lines, rest = block.split(b"\n")
+            for line in lines:
+                after += size + len(line) + 1
+                if size:
+                    line = _join(pending, line, size)
+                    pending, size = [], 0
+                yield line, after
+            if size <= MAX_LINE:
+                pending.append(rest)
+            size += len(rest)
+            block = self._read_block()
+        if size:
+            yield _join(pending, b"", size), after + size
+
+    def _read_block(self) -> bytes:
+        """Return the next block; empty at the end of the file."""
         try:
             return self._stream.read(BLOCK) or b""
         except (OSError, pa.ArrowException) as error:
             what = "cannot be decompressed (truncated?)" if self.compressed else "cannot be read"
             raise ManifestError(f"{self.path}: {what}: {error}") from None
 
-    def lines(self, start: int = 0) -> Iterator[tuple[bytes, int]]:
-        """The lines from a byte offset on, without line feeds, each with the offset of the line after it."""
-        if start:
-            self._stream.seek(start)
-        block = self.read()
-        if not start and block.startswith(_BOM):
-            block, start = block[len(_BOM) :], len(_BOM)
-        after = start
-        pending: list[bytes] = []
-        size = 0  # of the pending line, cut off or not
-        while block:
-            *lines, rest = block.split(b"\n")
-            for line in lines:
-                after += size + len(line) + 1
-                if size:
-                    line = _joined(pending, line, size)
-                    pending, size = [], 0
-                yield line, after
-            if size <= MAX_LINE:
-                pending.append(rest)
-            size += len(rest)
-            block = self.read()
-        if size:
-            yield _joined(pending, b"", size), after + size
 
-
-def _joined(pending: list[bytes], end: bytes, size: int) -> bytes:
+def _join(pending: list[bytes], end: bytes, size: int) -> bytes:
     if size + len(end) > MAX_LINE:
         return OversizedLine(pending[0])
     return b"".join((*pending, end))

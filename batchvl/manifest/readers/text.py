@@ -1,4 +1,4 @@
-"""What JSONL and CSV have in common: rows are found by reading, so counts and places come from an index."""
+"""Base of text formats. Only reading finds where rows begin, so an index keeps offsets and counts."""
 
 from __future__ import annotations
 
@@ -16,168 +16,165 @@ from .. import index
 from ..columns import Columns
 from ..files import Files
 from ..index import STEP, FileIndex, Index, RowOffset
-from ..rows import IdType
-from .base import CHUNK_BYTES, CHUNK_ROWS, Cells, Chunk, missing
+from .base import CHUNK_BYTES, CHUNK_ROWS, Cells, Chunk, Reader, missing
 from .lines import TextFile
 
 SAMPLE_ROWS = 1000
 SAMPLE_BYTES = 4 * 2**20
-"""What is looked at to learn columns and types: the first rows, as far as this."""
-WRITTEN_ROWS = 100_000
-"""The index is written whenever it has grown by so many rows, and by a twentieth. Up to so many are soon read again."""
+"""Columns and types are inferred from the first rows, up to this many rows or bytes."""
+WRITE_INDEX_ROWS = 100_000
+"""The index is written when it has grown by this many rows, and by a twentieth. Fewer rows are quickly read again."""
+EVERY_ROW = range(sys.maxsize)
+
+_NO_ROW = sys.maxsize
 
 Raw = TypeVar("Raw")
 
 
-class TextReader(Generic[Raw]):
-    """Rows of text files. A format tells how records are split and decoded."""
+class TextReader(Reader, Generic[Raw]):
+    """Read rows of text files. A format implements how records are split (`records`) and decoded (`decoder`)."""
 
     is_text = True
-    available: tuple[str, ...]
-    id_type: IdType | None
-    kept: pa.Schema
-    row_bytes: int
 
     def __init__(self, files: Files) -> None:
-        self.files = [files.folder / name for name in files]
-        self.where = str(self.files[0] if len(self.files) == 1 else files.folder)
-        self.total: int | None = None
-        self._index = Index()
-        self._folder: Path | None = None
-        self._written = 0  # the row up to which the index is in the folder
+        self.files = [files.directory / name for name in files]
+        self.where = str(self.files[0] if len(self.files) == 1 else files.directory)
         self._sizes = [path.stat().st_size for path in self.files]
-        # Rows that were read and bytes of them on disk, for the estimate.
-        self._seen = (0, 0)
+        self._index = Index()
+        self._index_directory: Path | None = None
+        self._written_rows = 0  # rows in the index on disk
+        self._progress = (0, 0)  # rows read, and their bytes on disk, for the estimate
 
     @abstractmethod
     def records(self, file: TextFile, start: RowOffset) -> Iterator[tuple[Raw, RowOffset]]:
-        """The records from a place on, each with the place after it. Blank lines are none."""
+        """Yield the records from an offset on, each with the offset of the next one. Blank lines are skipped."""
 
     @abstractmethod
     def decoder(self, path: Path, names: tuple[str, ...]) -> Callable[[Raw], Cells]:
-        """What makes a record's cells. It raises a RowError where the record is bad."""
+        """Return a function that makes cells of a record, or raises a RowError if the record is bad."""
 
-    def use(self, columns: Columns) -> None:
+    def bind(self, columns: Columns) -> None:
         self.kept = pa.schema([(name, pa.string()) for name in columns.keep])
 
-    def types(self) -> pa.Schema:
-        self.use(Columns(keep=self.available))
+    def schema(self) -> pa.Schema:
+        self.bind(Columns(keep=self.available))
         return self.kept
 
     def estimate(self) -> int | None:
-        rows, size = self._seen
+        rows, size = self._progress
         if self.total is not None:
             return self.total
         return max(rows, rows * sum(self._sizes) // size) if size else None
 
     def sample(self) -> Iterator[tuple[Path, int, Raw]]:
-        """The first records, with their files and the numbers of the lines where they end.
+        """Yield the first records, each with its file and the number of the line where it ends.
 
-        Raises ManifestError where there is not one.
+        Raises:
+            ManifestError: There are no records.
         """
         rows = size = 0
         for path in self.files:
             with TextFile(path) as file:
                 begin = 0
-                for raw, after in self.records(file, RowOffset()):
-                    yield path, after.line, raw
+                for record, after in self.records(file, RowOffset()):
+                    yield path, after.line, record
                     rows, size, begin = rows + 1, size + after.offset - begin, after.offset
                     if rows == SAMPLE_ROWS or size >= SAMPLE_BYTES:
                         break
-                self._seen = rows, self._seen[1] + (file.position() if file.compressed else begin)
-            self.row_bytes = size // max(1, rows)
+                self._progress = rows, self._progress[1] + (file.position() if file.compressed else begin)
+            self.id_row_bytes = size // max(1, rows)
             if rows >= SAMPLE_ROWS or size >= SAMPLE_BYTES:
                 return
         if not rows:
-            size = sum(self._sizes)
-            raise ManifestError(f"{self.where}: has no rows ({size} bytes); want at least one")
+            raise ManifestError(f"{self.where}: has no rows ({sum(self._sizes)} bytes); want at least one")
 
-    def index_in(self, folder: Path | None, fingerprint: str) -> None:
-        """Has the index kept in a folder, and uses what is in there already. fingerprint: the manifest's."""
-        found = index.read(folder, fingerprint) if folder is not None else None
-        if found is not None and found.seek(_END)[1] >= self._index.seek(_END)[1]:
-            self._index, self._written = found, found.seek(_END)[1]
-        self._index.fingerprint, self._folder = fingerprint, folder
+    def use_index(self, directory: Path | None, fingerprint: str) -> None:
+        written = index.read(directory, fingerprint) if directory is not None else None
+        if written is not None and written.end().row >= self._index.end().row:
+            self._index, self._written_rows = written, written.end().row
+        self._index.fingerprint, self._index_directory = fingerprint, directory
         if self._index.rows is not None:
             self.total = self._index.rows
 
     def count(self) -> int:
-        """Finds `total`: what the index does not tell of is read."""
-        at, number, place = self._index.seek(_END)
+        at, number, offset = self._index.end()
         if at < len(self.files):
             while at < len(self.files):
-                for _ in self._read(at, number, place):
+                for _ in self._read(at, number, offset):
                     pass
-                at, number, place = self._index.seek(_END)
-            self._write()
+                at, number, offset = self._index.end()
+            self._write_index()
         self.total = number
         return number
 
     def chunks(self, names: tuple[str, ...], rows: range, skip: Container[int]) -> Iterator[Chunk]:
-        wanted = missing(rows, skip)
-        want = next(wanted, _END)
+        remaining = missing(rows, skip)
+        wanted = next(remaining, _NO_ROW)
         chunk: Chunk = []
         size = 0
-        while want < _END:
-            at, first, place = self._index.seek(want)
+        while wanted < _NO_ROW:
+            at, first, offset = self._index.seek(wanted)
             if at == len(self.files):
                 self.total = first
                 break
             path = self.files[at]
             decode = self.decoder(path, names)
-            for number, raw, begin, after in self._read(at, first, place):
-                if number < want:
+            for number, record, begin, after in self._read(at, first, offset):
+                if number < wanted:
                     continue
                 try:
-                    chunk.append((number, decode(raw)))
+                    chunk.append((number, decode(record)))
                 except RowError as error:
                     chunk.append((number, type(error)(f"{path} line {after.line}: {error}")))
                 size += after.offset - begin
-                want = next(wanted, _END)
-                far = want - number > STEP
-                if far or size >= CHUNK_BYTES or len(chunk) == CHUNK_ROWS:
+                wanted = next(remaining, _NO_ROW)
+                is_far = wanted - number > STEP
+                if is_far or size >= CHUNK_BYTES or len(chunk) == CHUNK_ROWS:
                     yield chunk
                     chunk, size = [], 0
-                    if want == _END or (far and self._index.seek(want)[1] > number):
+                    if wanted == _NO_ROW or (is_far and self._index.seek(wanted).row > number):
                         break
         if chunk:
             yield chunk
 
-    def _read(self, at: int, number: int, place: RowOffset) -> Iterator[tuple[int, Raw, int, RowOffset]]:
-        """The records of a file, by its number, from a place that the index has: number, record, where it begins and
-        ends. What is passed goes into the index.
+    def _read(self, at: int, number: int, offset: RowOffset) -> Iterator[tuple[int, Raw, int, RowOffset]]:
+        """Read records of a file, from an offset in the index on, and add their offsets to the index.
+
+        Args:
+            at: The file's number.
+            number: The number of the row at the offset.
+            offset: Where to begin.
+
+        Yields:
+            The row's number, its record, the byte where it begins, and the offset of the next row.
         """
         files = self._index.files
         if at == len(files):
             files.append(FileIndex())
-        own, start = files[at], sum(file.rows or 0 for file in files[:at])
-        step = number
+        file_index, start = files[at], sum(file.rows or 0 for file in files[:at])
+        next_step = number
         with TextFile(self.files[at]) as file:
-            for raw, after in self.records(file, place):
-                if number == step:
-                    step += STEP
-                    if not file.compressed and number - start == len(own.places) * STEP:
-                        own.places.append(place)
-                    self._passed(number, sum(self._sizes[:at]) + file.position())
-                yield number, raw, place.offset, after
-                number, place = number + 1, after
-        own.rows = number - start
+            for record, after in self.records(file, offset):
+                if number == next_step:
+                    next_step += STEP
+                    if not file.compressed and number - start == len(file_index.offsets) * STEP:
+                        file_index.offsets.append(offset)
+                    self._advance(number, sum(self._sizes[:at]) + file.position())
+                yield number, record, offset.offset, after
+                number, offset = number + 1, after
+        file_index.rows = number - start
         self._index.whole = at + 1 == len(self.files)
-        self._passed(number, sum(self._sizes[: at + 1]))
+        self._advance(number, sum(self._sizes[: at + 1]))
 
-    def _passed(self, number: int, size: int) -> None:
-        """The reader is at a row, with so many bytes before it."""
-        if number > self._seen[0]:
-            self._seen = number, size
-        if number - self._written >= max(WRITTEN_ROWS, number // 20):
-            self._write()
-            self._written = number
+    def _advance(self, rows: int, size: int) -> None:
+        """Note how far the manifest was read, in rows and bytes on disk."""
+        if rows > self._progress[0]:
+            self._progress = rows, size
+        if rows - self._written_rows >= max(WRITE_INDEX_ROWS, rows // 20):
+            self._write_index()
+            self._written_rows = rows
 
-    def _write(self) -> None:
-        if self._folder is not None:
-            with suppress(OSError):  # it can be made anew
-                self._index.write(self._folder)
-
-
-_END = sys.maxsize
-EVERY_ROW = range(_END)
+    def _write_index(self) -> None:
+        if self._index_directory is not None:
+            with suppress(OSError):  # it can be made again
+                self._index.write(self._index_directory)

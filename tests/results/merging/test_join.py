@@ -136,7 +136,7 @@ async def test_another_manifest_is_refused(tmp_path: Path) -> None:
         merge(tmp_path / "out", with_manifest=other)
     assert guard.fingerprint in str(told.value)
     assert Batches(other).fingerprint in str(told.value)
-    with pytest.raises(ManifestError, match="no such file or folder"):
+    with pytest.raises(ManifestError, match="no such file or directory"):
         merge(tmp_path / "out", with_manifest=tmp_path / "nowhere")
     same = write(tmp_path / "moved" / "m.parquet", [{"prompt": "a"}])
     assert merge(tmp_path / "out", with_manifest=same).complete

@@ -1,0 +1,95 @@
+"""Special tokens in text: image placeholders, and tokens of the model that rows must not use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Literal
+
+from ..errors import SpecialToken
+from .template import Segment
+
+IMAGE_TOKEN = "<IMAGE_TOKEN>"
+"""The place of an image in a prompt."""
+
+
+class Slot(Enum):
+    """A place for the row's next image."""
+
+    IMAGE = "image"
+
+
+Piece = str | int | Slot
+"""A part of a message: text, the number of an image, or a place for one."""
+
+
+def escapable_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
+    """Return the tokens, without repetitions, that a space behind their first character breaks: those of 2 or more."""
+    return tuple(token for token in dict.fromkeys(tokens) if len(token) > 1)
+
+
+def pattern_of(tokens: Iterable[str]) -> str:
+    """Return a regular expression for any of the tokens, the longest first.
+
+    >>> pattern_of(["<i>", "<i>b"])
+    '<i>b|<i>'
+    """
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+
+
+class TokenSplitter:
+    """Split text at image tokens and escape special tokens.
+
+    A token whose author may not write it is escaped by a space behind its first character, `< |im_end|>`, or rejected.
+
+    Args:
+        special_tokens: The model's special tokens.
+        policy: "escape" such tokens, or "fail" rows that have them.
+    """
+
+    def __init__(self, special_tokens: Iterable[str], policy: Literal["escape", "fail"]) -> None:
+        self.special_tokens = escapable_tokens(special_tokens)
+        self._policy = policy
+        self._pattern = re.compile(pattern_of({IMAGE_TOKEN, *self.special_tokens}))
+
+    def split(self, segments: Sequence[Segment]) -> list[Piece]:
+        """Return the segments' text, with a `Slot` for each image token that places an image.
+
+        Raises:
+            SpecialToken: The policy is "fail", and a value has a special token.
+        """
+        text = segments[0].text if len(segments) == 1 else "".join([segment.text for segment in segments])
+        match = self._pattern.search(text)
+        if match is None:
+            return [text]
+        pieces: list[Piece] = []
+        written: list[str] = []  # since the last slot
+        done = 0
+        while match is not None:
+            token = match[0]
+            author = _segment_at(segments, match.start(), match.end())
+            written.append(text[done : match.start()])
+            done = match.end()
+            if author is not None and token == IMAGE_TOKEN and author.places_images:
+                pieces += ["".join(written), Slot.IMAGE]
+                written = []
+            elif author is not None and token != IMAGE_TOKEN and author.keeps_tokens:
+                written.append(token)
+            elif self._policy == "fail":
+                raise SpecialToken(f"found {token!r} in the row, and --special-tokens is fail")
+            else:
+                written += [token[0], " "]
+                done = match.start() + 1  # another token may begin inside this one
+            match = self._pattern.search(text, done)
+        return [*pieces, "".join([*written, text[done:]])]
+
+
+def _segment_at(segments: Sequence[Segment], start: int, end: int) -> Segment | None:
+    """Return the segment that has a span of the text; None if it crosses segments, so that no author wrote it."""
+    at = 0
+    for segment in segments:
+        if at <= start and end <= at + len(segment.text):
+            return segment
+        at += len(segment.text)
+    return None
