@@ -1,7 +1,7 @@
-"""Kept columns' values in the journal: any value that Arrow hands out, as msgpack, and back without a loss.
+"""Lossless encoding of kept columns in the journal: any value that Arrow returns, as msgpack.
 
-msgpack has no dates, times, decimals or tuples (Arrow's map entries), and msgspec would turn some of them into strings
-for good. Each is written as an extension with a number of its own instead; everything else passes untouched.
+msgpack has no dates, times, decimals or tuples (Arrow's map entries), and msgspec would turn some of them into strings.
+Each of these types is encoded as an extension with a number of its own; all other values are unchanged.
 """
 
 from __future__ import annotations
@@ -14,40 +14,41 @@ from uuid import UUID
 
 from msgspec.msgpack import Decoder, Encoder, Ext
 
-_PLAIN = frozenset({type(None), bool, float, str, bytes})
+_NATIVE = frozenset({type(None), bool, float, str, bytes})
 _encode = Encoder().encode
 
-# The numbers stand in journals: never change one, never use one again.
+# The numbers are part of the journal's format: never change or reuse one.
 _INT, _DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _TUPLE, _UUID = range(1, 9)
 
 
 def pack(value: Any) -> Any:
-    """The value as msgpack can hold it; the very same object where nothing needs to change.
+    """Return the value in a form that msgpack can represent: the same object if nothing needs to change.
 
-    Raises TypeError for a value of a type that Arrow never hands out.
+    Raises:
+        TypeError: the value has a type that Arrow never returns.
 
     >>> pack("a"), pack([1, None])
     ('a', [1, None])
     """
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in _NATIVE:
         return value
     if kind is int:
         return value if -(2**63) <= value < 2**64 else Ext(_INT, str(value).encode())
     if kind is list:
-        return _same(value, [pack(item) for item in value])
+        return _keep_identity(value, [pack(item) for item in value])
     if kind is dict:
-        return _same(value, {name: pack(item) for name, item in value.items()})
-    return _pack_rare(value)
+        return _keep_identity(value, {name: pack(item) for name, item in value.items()})
+    return _pack_extension(value)
 
 
-def _same(value: Any, packed: Any) -> Any:
+def _keep_identity(value: Any, packed: Any) -> Any:
     old, new = (value.values(), packed.values()) if isinstance(value, dict) else (value, packed)
     return value if all(a is b for a, b in zip(old, new, strict=True)) else packed
 
 
-def _pack_rare(value: Any) -> Any:
-    # With pandas installed Arrow hands out pandas' types for nanoseconds. Arrow itself takes the number back.
+def _pack_extension(value: Any) -> Any:
+    # With pandas installed, Arrow returns pandas types for nanoseconds. Arrow accepts their integer value back.
     if hasattr(value, "nanosecond") or hasattr(value, "nanoseconds"):
         return int(value.value)
     if isinstance(value, datetime):
@@ -66,11 +67,11 @@ def _pack_rare(value: Any) -> Any:
         return Ext(_UUID, value.bytes)
     if isinstance(value, bytearray | memoryview):
         return bytes(value)
-    raise TypeError(f"a kept column holds a {type(value).__name__}, which the journal cannot hold: {value!r:.100}")
+    raise TypeError(f"a kept column holds a {type(value).__name__}, which the journal cannot store: {value!r:.100}")
 
 
 def unpack(code: int, data: memoryview) -> Any:
-    """msgspec's `ext_hook`: the value that an extension stands for. Raises ValueError for an unknown one."""
+    """Return the value of an extension (msgspec's `ext_hook`). Raises ValueError for an unknown one."""
     if code not in _UNPACK:
         raise ValueError(f"unknown extension {code} in a journal")
     return _UNPACK[code](bytes(data))

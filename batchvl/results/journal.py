@@ -1,8 +1,8 @@
-"""The journal: records as they come, appended and fsynced, until a part holds them.
+"""The journal: records in order of arrival, appended and fsynced, until a part holds them.
 
-A segment is a header (magic, format, attempt, retry), then frames: length and CRC-32 of the payload, each 4 bytes,
-little endian, then the payload, a record as msgpack. A frame counts only where it is whole: reading ends at the first
-one that is not, be it torn by a crash or never written (zeros: a frame of no bytes is none).
+A segment is a header (magic, format, attempt, retry) followed by frames. A frame is the length and the CRC-32 of the
+payload, 4 bytes each, little endian, then the payload, a record as msgpack. Only whole frames count: a reader stops at
+the first one that is not, whether it was torn by a crash or never written (zeros: an empty payload is invalid).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _pack_frame, _unpack_frame = _FRAME.pack, _FRAME.unpack_from
 
 
 def frame(payload: bytes) -> bytes:
-    """The payload as a frame."""
+    """Return the payload as a frame."""
     return _pack_frame(len(payload), crc32(payload)) + payload
 
 
 def frames(data: bytes) -> Iterator[memoryview]:
-    """The payloads of the whole frames, up to the first one that is not."""
+    """Yield the payloads of whole frames, up to the first one that is not."""
     view, start, end = memoryview(data), 0, len(data)
     while start + 8 <= end:
         length, checksum = _unpack_frame(data, start)
@@ -53,14 +53,14 @@ class _Code(msgspec.Struct):
 
 
 class _Outline(msgspec.Struct):
-    """As much of a record as resume and sorting need: the decoder skips the rest."""
+    """The fields of a record that resuming and sorting need; the decoder skips the rest."""
 
     row: int
     status: Status
     error: _Code | None = None
 
 
-_outline = msgspec.msgpack.Decoder(_Outline).decode
+_decode_outline = msgspec.msgpack.Decoder(_Outline).decode
 
 
 class Entry(NamedTuple):
@@ -69,13 +69,13 @@ class Entry(NamedTuple):
     row: int
     failed: bool
     code: str
-    """The error's code, "" where there is none."""
+    """The error code, "" if there is none."""
     payload: memoryview
 
 
 @dataclass(frozen=True)
 class Journal:
-    """A segment as it was read: whole frames only."""
+    """The whole frames of a segment that was read."""
 
     attempt: int
     retry: int
@@ -84,10 +84,16 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path, skip: int = 0) -> Journal:
-        """Reads a segment, and sees to it that what is read is on the disk (its writer may have died before that).
+        """Read a segment and sync it to the disk, since its writer may have died before that.
 
-        skip: bytes of whole frames, from the first one on, that the caller knows already: they are not read again.
-        Raises FileNotFoundError, other OSErrors, and ResumeError for a file of a later format or of none.
+        Args:
+            path: The segment.
+            skip: Bytes of whole frames after the header that the caller knows already.
+
+        Raises:
+            FileNotFoundError: the segment does not exist, perhaps because a part replaced it.
+            OSError: it cannot be read.
+            ResumeError: it has a later format or is not a journal.
         """
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -96,46 +102,46 @@ class Journal:
             except OSError as error:
                 if error.errno not in (errno.EROFS, errno.EINVAL):
                     raise
-            head = file.read(_HEADER.size)
+            header = file.read(_HEADER.size)
             file.seek(skip, os.SEEK_CUR)
             data = file.read(max(0, size - file.tell()))
-        if len(head) < _HEADER.size:
-            return cls(0, 0, b"")  # its writer died over the header: no record was ever in it
-        magic, number, attempt, retry = _HEADER.unpack_from(head)
+        if len(header) < _HEADER.size:
+            return cls(0, 0, b"")  # its writer died while writing the header, before any record
+        magic, number, attempt, retry = _HEADER.unpack_from(header)
         if magic == bytes(len(MAGIC)):
-            return cls(0, 0, b"")  # the same, on a file system that grows files before it fills them
+            return cls(0, 0, b"")  # the same, on a file system that extends files before it fills them
         if magic != MAGIC:
-            raise ResumeError(f"{path}: is no journal of batchvl: move it out of the output folder and run again")
+            raise ResumeError(f"{path}: not a batchvl journal: move it out of the output directory and run again")
         if number > FORMAT:
-            raise ResumeError(f"{path}: has format {number}; this batchvl reads up to {FORMAT}: use a later version")
+            raise ResumeError(f"{path}: has format {number}; this version reads up to format {FORMAT}: upgrade batchvl")
         return cls(attempt, retry, data)
 
     def entries(self) -> Iterator[Entry]:
-        """The records' outlines, in the order of writing."""
+        """Yield the records' outlines, in the order of writing."""
         for payload in frames(self.data):
-            found = _outline(payload)
-            yield Entry(found.row, found.status == "failed", found.error.code if found.error else "", payload)
+            outline = _decode_outline(payload)
+            yield Entry(outline.row, outline.status == "failed", outline.error.code if outline.error else "", payload)
 
-    def tally(self) -> Outcomes:
-        """The rows, by result."""
+    def outcomes(self) -> Outcomes:
+        """Return the rows by outcome."""
         return Outcomes.of((entry.row, entry.code if entry.failed else None) for entry in self.entries())
 
 
 class Tail:
-    """A segment that is read again and again while it is written, each time only what is new."""
+    """A segment that is read repeatedly while it is written, each time only what is new."""
 
     attempt = retry = 0
 
     def __init__(self, path: Path) -> None:
-        self.tally = Outcomes()
+        self.outcomes = Outcomes()
         self._path, self._read = path, 0
 
     def follow(self) -> None:
-        """Takes the records since the last time into `tally`. Raises what `Journal.read` raises."""
-        found = Journal.read(self._path, self._read)
-        self.attempt, self.retry = found.attempt, found.retry
-        for entry in found.entries():
-            self.tally.add(entry.row, entry.code if entry.failed else None)
+        """Add new records to `outcomes`. Raises what `Journal.read` raises."""
+        journal = Journal.read(self._path, self._read)
+        self.attempt, self.retry = journal.attempt, journal.retry
+        for entry in journal.entries():
+            self.outcomes.add(entry.row, entry.code if entry.failed else None)
             self._read += _FRAME.size + len(entry.payload)
 
 
@@ -143,7 +149,7 @@ class Segment:
     """The segment that is being written."""
 
     def __init__(self, path: Path, attempt: int, retry: int, disk: Disk) -> None:
-        """Creates the file. Raises OSError; FileExistsError where there is one."""
+        """Create the file. Raises OSError, in particular FileExistsError."""
         self.path = path
         self.rows = 0
         self._disk = disk
@@ -152,13 +158,13 @@ class Segment:
         try:
             disk.write(self._fd, _HEADER.pack(MAGIC, FORMAT, attempt, retry))
             disk.sync(self._fd)
-            disk.sync_folder(path.parent)
+            disk.sync_directory(path.parent)
         except OSError:
             disk.close(self._fd)
             raise
 
     def append(self, frames: list[bytes]) -> None:
-        """Writes the frames; they are on the disk on return. Raises OSError: then none of them counts as written."""
+        """Write the frames; they are on the disk on return. If it raises OSError, none of them counts as written."""
         data = b"".join(frames)
         self._disk.write(self._fd, data)
         self._disk.sync(self._fd)
@@ -168,5 +174,5 @@ class Segment:
         self.size += len(data)
 
     def close(self) -> None:
-        """Closes the file. Raises OSError."""
+        """Close the file. Raises OSError."""
         self._disk.close(self._fd)

@@ -1,4 +1,4 @@
-"""Where an output lies: a folder, or a prefix on an object store; by default a folder beside the manifest."""
+"""Where an output is stored: a directory (by default next to the manifest) or a prefix on an object store."""
 
 from __future__ import annotations
 
@@ -10,43 +10,48 @@ from pathlib import Path
 from ..config.options import env_variable
 from ..errors import OptionError
 from ..storage.object_store import SCHEMES
-from .remote import Remote
+from .output import LocalStorage, Storage
+from .remote import RemoteStorage
 
 _COLLAPSED = re.compile(rf"^({'|'.join(SCHEMES)}):/(?!/)")
 
 
-def open_output(out: str | os.PathLike[str] | Remote, work: str | os.PathLike[str] | None = None) -> Path | Remote:
-    """Where an output lies: a folder, or a prefix on an object store. Asks nothing of it yet.
+def open_output(out: str | os.PathLike[str] | Storage, work: str | os.PathLike[str] | None = None) -> Storage:
+    """Return the storage of an output, without any access to it.
 
-    work: for the latter, the folder for working folders; by default that of `BATCHVL_WORK`, else
-    `~/.local/state/batchvl`.
-    Raises OptionError for an address of a kind that cannot hold an output.
+    Args:
+        out: A directory, or a URI such as `s3://bucket/prefix`.
+        work: For a URI, the parent of all working directories; by default `BATCHVL_WORK`, else
+            `~/.local/state/batchvl`.
 
-    >>> open_output("night"), str(open_output("s3://bucket/night", "/scratch"))
-    (PosixPath('night'), 's3://bucket/night')
+    Raises:
+        OptionError: a URI whose scheme cannot hold an output.
+
+    >>> str(open_output("night")), str(open_output("s3://bucket/night", "/scratch"))
+    ('night', 's3://bucket/night')
     """
-    if isinstance(out, Remote):
+    if isinstance(out, Storage):
         return out
-    uri = _COLLAPSED.sub(r"\1://", os.fspath(out))  # a Path has made one slash of two
-    scheme, found, _ = uri.partition("://")
-    if not found:
-        return Path(uri)
+    uri = _COLLAPSED.sub(r"\1://", os.fspath(out))  # a Path has collapsed the two slashes
+    scheme, separator, _ = uri.partition("://")
+    if not separator:
+        return LocalStorage(Path(uri))
     if scheme not in SCHEMES:
-        raise OptionError(f"-o {scheme}://…: wants a folder, or an address that begins with {'://, '.join(SCHEMES)}://")
-    return Remote(uri, Path(work) if work is not None else _state())
+        raise OptionError(f"-o {scheme}://…: expected a directory or a URI that starts with {'://, '.join(SCHEMES)}://")
+    return RemoteStorage(uri, Path(work) if work is not None else _default_work_directory())
 
 
 def default_output(source: str) -> str:
-    """The default output folder: beside the manifest, named after it.
+    """Return the default output directory: next to the manifest, named after it.
 
-    >>> default_output("data/m.jsonl.gz"), default_output("pictures/"), default_output("data/*/day-*.parquet")
-    ('data/m-batchvl', 'pictures-batchvl', 'data/day-batchvl')
+    >>> default_output("data/m.jsonl.gz"), default_output("images/"), default_output("data/*/day-*.parquet")
+    ('data/m-batchvl', 'images-batchvl', 'data/day-batchvl')
     """
     path = Path(source)
     if glob.has_magic(source) and not path.exists():
-        literal = [glob.has_magic(part) for part in path.parts].index(True)
-        words = re.sub(r"[*?\[\]]+", "_", "_".join(path.parts[literal:]))
-        path = Path(*path.parts[:literal], words)
+        first = [glob.has_magic(part) for part in path.parts].index(True)
+        words = re.sub(r"[*?\[\]]+", "_", "_".join(path.parts[first:]))
+        path = Path(*path.parts[:first], words)
     elif path.name in ("", ".."):
         path = Path(os.path.abspath(path))
     name = path.name
@@ -55,13 +60,13 @@ def default_output(source: str) -> str:
     return str(path.with_name(f"{name.strip('_-.') or 'manifest'}-batchvl"))
 
 
-def _state() -> Path:
-    """Where programs keep what is neither settings nor cache, by the XDG specification, unless told otherwise."""
-    if told := os.environ.get(env_variable("work")):
-        return Path(told)
-    if (given := Path(os.environ.get("XDG_STATE_HOME", ""))).is_absolute():
-        return given / "batchvl"
+def _default_work_directory() -> Path:
+    """Return the directory for state that is neither configuration nor cache (XDG Base Directory Specification)."""
+    if configured := os.environ.get(env_variable("work")):
+        return Path(configured)
+    if (xdg_state := Path(os.environ.get("XDG_STATE_HOME", ""))).is_absolute():
+        return xdg_state / "batchvl"
     try:
         return Path.home() / ".local" / "state" / "batchvl"
     except RuntimeError:
-        raise OptionError("--work: there is no home folder: name a folder for the journals") from None
+        raise OptionError("--work: no home directory found: specify a directory for the journals") from None

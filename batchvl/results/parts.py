@@ -1,13 +1,13 @@
-"""Parts: immutable Parquet files, each made of one journal segment, sorted by row, renamed into place.
+"""Parts: immutable Parquet files, each made from one journal segment, sorted by row and renamed into place.
 
-A part's footer tells what resume needs, so that resume reads nothing else. Its keys, all texts:
+A part's footer holds everything that resuming needs, so that nothing else is read then. Its keys, all with text values:
 
     batchvl.format     1
-    batchvl.attempt    the attempt that wrote it; a lower one wins
-    batchvl.retry      0, or the how-manieth `retry` of the run the attempt belonged to; a later one wins
+    batchvl.attempt    the attempt that wrote it; a lower one takes precedence
+    batchvl.retry      1-based number of the attempt's retry, 0 in a run; a later one takes precedence
     batchvl.counts     {"ok": rows, "failed": {code: rows}}
-    batchvl.rows       {"ok": bitmap, "failed": {code: bitmap}}, rows counted from the manifest's first (see `done.py`)
-    batchvl.NAME       whatever the run says about itself: version, fingerprint, engine, options
+    batchvl.rows       {"ok": row set, "failed": {code: row set}}, by row number in the manifest (see `rowset.py`)
+    batchvl.NAME       the run's metadata: version, fingerprint, engine, options
 """
 
 from __future__ import annotations
@@ -31,29 +31,42 @@ from .record import Counts, decode, to_batch
 from .rowset import Outcomes, RowSet
 
 PREFIX = "batchvl."
-OWN = frozenset({"format", "attempt", "retry", "counts", "rows"})
+RESERVED = frozenset({"format", "attempt", "retry", "counts", "rows"})
 
-# A row group is what merge reads at a time; a batch is for how long the writer keeps the event loop's thread from the
-# interpreter: a few milliseconds.
+# A merge loads one row group at a time. A batch bounds how long the writer keeps the GIL from the event loop's thread:
+# a few milliseconds.
 ROW_BYTES = 300
-"""What a row takes in memory whatever it holds."""
+"""Bytes that a row takes in memory whatever it holds."""
 GROUP_ROWS, GROUP_BYTES = 2000, 8 * 2**20
 BATCH_ROWS, BATCH_BYTES = 250, 2**20
 
-# Columns whose values repeat; for the others a dictionary is tried in vain at each row group.
+# Columns with repeated values; for the others, trying a dictionary at each row group would be wasted effort.
 DICTIONARY = ["status", "finish_reason", "error.code", "error.stage", "error.message"]
 
 
 def write(
-    journal: Journal, path: Path, schema: pa.Schema, metadata: Mapping[str, str], disk: Disk,
+    journal: Journal,
+    path: Path,
+    schema: pa.Schema,
+    metadata: Mapping[str, str],
+    disk: Disk,
     expected: int | None = None,
-) -> Iterator[Counts | None]:  # fmt: skip
-    """Makes a part of a segment, step by step: yields None between steps of a few milliseconds, at last its counts.
+) -> Iterator[Counts | None]:
+    """Convert a segment to a part in steps of a few milliseconds: yield None between steps, finally its counts.
 
-    The part is in its place, on the disk, before the last yield; left early, nothing but a temporary file remains.
-    A row that the segment holds twice is written once, ok before failed, the first before the later.
-    expected: how many records the segment must have, since its writer wrote so many.
-    Raises OSError.
+    The part is complete and on the disk before the last yield; if the iterator is closed earlier, nothing remains. A
+    row that the segment holds twice is written once: ok before failed, then the first record.
+
+    Args:
+        journal: The segment.
+        path: The part.
+        schema: The output's schema.
+        metadata: The run's metadata.
+        disk: Writes the part.
+        expected: Number of records in the segment, if its writer knows it.
+
+    Raises:
+        OSError: the part cannot be written, or the segment has lost records.
     """
     entries: list[Entry] = []
     for number, entry in enumerate(journal.entries()):
@@ -61,49 +74,50 @@ def write(
         if number % 4000 == 3999:
             yield None
     if expected is not None and len(entries) != expected:
-        raise OSError(errno.EIO, f"only {len(entries)} of {expected} records in the journal can be read back")
-    best = _winners(entries)
+        raise OSError(errno.EIO, f"only {len(entries)} of {expected} records can be read back from the journal")
+    chosen = _dedupe(entries)
     yield None
-    tally = Outcomes.of((entry.row, entry.code if entry.failed else None) for entry in best)
+    outcomes = Outcomes.of((entry.row, entry.code if entry.failed else None) for entry in chosen)
     yield None
 
     temporary = path.with_name(f".{path.name}.tmp")
-    sink = BufferedFile(disk, temporary)
+    file = BufferedFile(disk, temporary)
     try:
-        writer = pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True, use_dictionary=DICTIONARY)
-        for group in _slices(best, GROUP_ROWS, GROUP_BYTES):
+        writer = pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True, use_dictionary=DICTIONARY)
+        for group in _slices(chosen, GROUP_ROWS, GROUP_BYTES):
             batches = []
-            for some in _slices(group, BATCH_ROWS, BATCH_BYTES):
-                batches.append(to_batch([decode(entry.payload) for entry in some], schema))
+            for batch in _slices(group, BATCH_ROWS, BATCH_BYTES):
+                batches.append(to_batch([decode(entry.payload) for entry in batch], schema))
                 yield None
             writer.write_table(pa.Table.from_batches(batches), row_group_size=len(group))
             yield None
-        writer.add_key_value_metadata(footer(journal, tally, metadata))
+        writer.add_key_value_metadata(footer(journal, outcomes, metadata))
         writer.close()
-        sink.finish()
+        file.finish()
         disk.rename(temporary, path)
     except BaseException:
-        sink.abandon()
+        file.abandon()
         disk.discard(temporary)
         raise
-    disk.sync_folder(path.parent)
-    yield tally.counts()
+    disk.sync_directory(path.parent)
+    yield outcomes.counts()
 
 
-def footer(journal: Journal, tally: Outcomes, metadata: Mapping[str, str]) -> dict[str, str]:
-    """A part's key-value metadata."""
-    rows = {"ok": tally.ok.dump(), "failed": {code: found.dump() for code, found in tally.failed.items()}}
-    own = {
+def footer(journal: Journal, outcomes: Outcomes, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return a part's key-value metadata."""
+    rows = {"ok": outcomes.ok.dump(), "failed": {code: rows.dump() for code, rows in outcomes.failed.items()}}
+    reserved = {
         "format": str(FORMAT),
         "attempt": str(journal.attempt),
         "retry": str(journal.retry),
-        "counts": msgspec.json.encode(msgspec.to_builtins(tally.counts())).decode(),
+        "counts": msgspec.json.encode(msgspec.to_builtins(outcomes.counts())).decode(),
         "rows": msgspec.json.encode(rows).decode(),
     }
-    return {PREFIX + name: value for name, value in (dict(metadata) | own).items()}
+    return {PREFIX + name: value for name, value in (dict(metadata) | reserved).items()}
 
 
-def _winners(entries: list[Entry]) -> list[Entry]:
+def _dedupe(entries: list[Entry]) -> list[Entry]:
+    """Return the entry that takes precedence for each row, by row."""
     best: dict[int, Entry] = {}
     for entry in entries:
         if (known := best.get(entry.row)) is None or (known.failed and not entry.failed):
@@ -112,18 +126,19 @@ def _winners(entries: list[Entry]) -> list[Entry]:
 
 
 def _slices(entries: list[Entry], rows: int, size: int) -> Iterator[list[Entry]]:
-    start, held = 0, 0
+    """Yield slices of at most this many rows, and of at most this many bytes or one row."""
+    start, length = 0, 0
     for at, entry in enumerate(entries):
-        if at > start and (at - start >= rows or held + len(entry.payload) > size):
+        if at > start and (at - start >= rows or length + len(entry.payload) > size):
             yield entries[start:at]
-            start, held = at, 0
-        held += len(entry.payload)
+            start, length = at, 0
+        length += len(entry.payload)
     if start < len(entries):
         yield entries[start:]
 
 
 class Group(NamedTuple):
-    """A row group: its lowest and highest row, and its bytes when decoded, about."""
+    """A row group: its lowest and highest row, and its approximate bytes when decoded."""
 
     low: int
     high: int
@@ -137,56 +152,63 @@ class _Rows(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Part:
-    """What a part's footer tells."""
+    """The contents of a part's footer."""
 
     path: Path | str
-    """A str where only the footer was read, of a file that is not on a disk."""
+    """The part's path; a URI if only the footer was read, from an object store."""
     attempt: int
     retry: int
     groups: tuple[Group, ...]
     metadata: dict[str, str]
-    """What the run said about itself, without the prefix."""
+    """The run's metadata, without the prefix."""
     rows: str
-    """The tally as JSON: a part among thousands is kept small."""
+    """The outcomes as JSON: compact, since there may be thousands of parts."""
 
     @classmethod
     def read(cls, path: Path | str, end: bytes | None = None) -> Part:
-        """Reads the footer. Raises OSError, and ResumeError where the file is damaged or of a later format.
+        """Read a footer.
 
-        end: the file's last bytes, with all of the footer, where it is not on a disk.
+        Args:
+            path: The part.
+            end: The last bytes of a part that is not on a disk, including its whole footer.
+
+        Raises:
+            OSError: the file cannot be read.
+            ResumeError: it is damaged or has a later format.
         """
         try:
-            found = pq.read_metadata(path if end is None else pa.BufferReader(end))
-            texts = {key.decode(): value.decode() for key, value in (found.metadata or {}).items()}
-            own = {key.removeprefix(PREFIX): value for key, value in texts.items() if key.startswith(PREFIX)}
-            number, attempt, retry = int(own["format"]), int(own["attempt"]), int(own["retry"])
+            parquet = pq.read_metadata(path if end is None else pa.BufferReader(end))
+            texts = {key.decode(): value.decode() for key, value in (parquet.metadata or {}).items()}
+            named = {key.removeprefix(PREFIX): value for key, value in texts.items() if key.startswith(PREFIX)}
+            number, attempt, retry = int(named["format"]), int(named["attempt"]), int(named["retry"])
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the system's; without a number it is Arrow's, about what it read
+                raise  # the system's error; Arrow's own errors about the contents have no number
             raise ResumeError(damaged(path, error)) from None
         if number > FORMAT:
-            raise ResumeError(f"{path}: has format {number}; this batchvl reads up to {FORMAT}: use a later version")
-        return cls(
-            path, attempt, retry, tuple(_groups(found)), {k: v for k, v in own.items() if k not in OWN}, own["rows"]
-        )
+            raise ResumeError(f"{path}: has format {number}; this version reads up to format {FORMAT}: upgrade batchvl")
+        metadata = {name: value for name, value in named.items() if name not in RESERVED}
+        return cls(path, attempt, retry, tuple(_groups(parquet)), metadata, named["rows"])
 
-    def tally(self) -> Outcomes:
-        """The part's rows, by result."""
+    def outcomes(self) -> Outcomes:
+        """Return the part's rows by outcome."""
         try:
             rows = msgspec.json.decode(self.rows, type=_Rows)
             return Outcomes(RowSet.load(rows.ok), {code: RowSet.load(text) for code, text in rows.failed.items()})
         except ValueError as error:
             raise ResumeError(damaged(self.path, error)) from None
 
-    def table(self, low: int, high: int, schema: pa.Schema) -> pa.Table:
-        """The rows from low to high, high not included, read from the row groups that may have some.
+    def read_table(self, low: int, high: int, schema: pa.Schema) -> pa.Table:
+        """Read the rows from `low` to `high`, exclusive, from the row groups that may hold some.
 
-        Raises OSError, and BatchvlError where the file is damaged.
+        Raises:
+            OSError: the file cannot be read.
+            BatchvlError: it is damaged.
         """
-        wanted = [number for number, group in enumerate(self.groups) if group.low < high and group.high >= low]
+        numbers = [number for number, group in enumerate(self.groups) if group.low < high and group.high >= low]
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True, pre_buffer=False) as file:
-                table = file.read_row_groups(wanted, use_threads=False)
+                table = file.read_row_groups(numbers, use_threads=False)
             table = table.select(schema.names).cast(schema)
             row = table["row"]
             return table.filter(pc.and_(pc.greater_equal(row, low), pc.less(row, high)))
@@ -197,13 +219,13 @@ class Part:
 
 
 def damaged(path: Path | str, error: Exception) -> str:
-    """What to tell about a part that cannot be read."""
-    return f"{path}: damaged ({error}): move it out of the output folder and run again to answer its rows once more"
+    """Return the error message for a part that cannot be decoded."""
+    return f"{path}: damaged ({error}): move it out of the output directory and run again to redo its rows"
 
 
-def _groups(found: pq.FileMetaData) -> Iterator[Group]:
-    for number in range(found.num_row_groups):
-        group = found.row_group(number)
+def _groups(parquet: pq.FileMetaData) -> Iterator[Group]:
+    for number in range(parquet.num_row_groups):
+        group = parquet.row_group(number)
         row = group.column(0).statistics
-        # Parquet's bytes tell little of short rows, whose columns are mostly offsets and nulls in memory.
+        # Parquet's sizes say little about short rows, which are mostly offsets and nulls in memory.
         yield Group(row.min, row.max, group.total_byte_size + group.num_rows * ROW_BYTES)

@@ -1,4 +1,4 @@
-"""One row's result: the record, its msgpack form for the journal, and the output's columns."""
+"""The result of a row: the record, its msgpack encoding for the journal, and the output's columns."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..errors import OptionError
 from ..types import Failure, Image
 from .codec import pack, unpack
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 IdType = Literal["int64", "string"] | None
 Status = Literal["ok", "failed"]
 
 
 class Record(msgspec.Struct, omit_defaults=True):
-    """One row of the output."""
+    """One row of the output. Field names are part of the journal's format."""
 
     row: int
     status: Status
     id: int | str | None = None
     response: str | None = None
-    """The answer; with several turns, the last one."""
+    """The response; with several turns, the last one."""
     responses: list[str] | None = None
-    """All answers, only for rows with several turns."""
+    """All responses, only for rows with several turns."""
     finish_reason: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -37,67 +37,78 @@ class Record(msgspec.Struct, omit_defaults=True):
     attempts: int = 1
     seconds: float = 0.0
     kept: dict[str, Any] = msgspec.field(default_factory=dict)
-    """Kept columns, as the Python values that Arrow makes of them."""
+    """Kept columns, as the Python values that Arrow converts them to."""
 
 
 class Counts(msgspec.Struct):
-    """How many rows, by result."""
+    """Numbers of rows, by outcome."""
 
     ok: int = 0
     failed: dict[str, int] = msgspec.field(default_factory=dict)
-    """By error code."""
+    """Failed rows by error code."""
 
     @property
     def rows(self) -> int:
-        """All of them."""
+        """Number of all rows."""
         return self.ok + self.failures
 
     @property
     def failures(self) -> int:
-        """The failed ones, whatever the code."""
+        """Number of failed rows."""
         return sum(self.failed.values())
 
     def add(self, other: Counts) -> None:
-        """Adds another count to this one."""
+        """Add other counts to these."""
         self.ok += other.ok
         for code, rows in other.failed.items():
             self.failed[code] = self.failed.get(code, 0) + rows
 
 
 class Column(NamedTuple):
-    """A column of the output: its Arrow type and the line that explains it."""
+    """A column of the output: its Arrow type and its description."""
 
     type: pa.DataType
     help: str
 
 
-_IMAGE = pa.struct([
-    ("source", pa.string()), ("sha256", pa.string()), ("width", pa.int32()), ("height", pa.int32()),
-    ("bytes", pa.int64()),
-])  # fmt: skip
+_IMAGE = pa.struct(
+    [
+        ("source", pa.string()),
+        ("sha256", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes", pa.int64()),
+    ]
+)
 _ERROR = pa.struct([("code", pa.string()), ("stage", pa.string()), ("message", pa.string()), ("retryable", pa.bool_())])
 
 COLUMNS: dict[str, Column] = {
-    "row": Column(pa.int64(), "The row's number in the manifest, from 0: its identity."),
-    "id": Column(pa.string(), "The manifest's id, of the manifest's type (int64 or string)."),
+    "row": Column(pa.int64(), "Row number in the manifest, from 0; identifies the row."),
+    "id": Column(pa.string(), "Id from the manifest, int64 or string as there."),
     "status": Column(pa.string(), "'ok' or 'failed'."),
-    "response": Column(pa.string(), "The answer; with several turns, the last one. Null where the row failed."),
-    "responses": Column(pa.list_(pa.string()), "All answers, one a turn; null for rows with one turn."),
-    "finish_reason": Column(pa.string(), "'stop', or 'length' where the answer was cut at the most tokens allowed."),
-    "input_tokens": Column(pa.int64(), "Tokens of prompt and pictures, summed over the turns."),
-    "output_tokens": Column(pa.int64(), "Tokens of the answers, summed over the turns."),
-    "images": Column(pa.list_(_IMAGE), "Per picture: source, sha256, width, height (pixels), bytes (encoded)."),
-    "error": Column(_ERROR, "Why the row failed: code, stage, message, and whether a retry may help; else null."),
-    "attempts": Column(pa.int32(), "How many times the row was tried."),
-    "seconds": Column(pa.float64(), "From the row's first stage to its result."),
+    "response": Column(pa.string(), "Response of the model; with several turns, the last one. Null if the row failed."),
+    "responses": Column(pa.list_(pa.string()), "All responses, one per turn; null for rows with one turn."),
+    "finish_reason": Column(pa.string(), "'stop', or 'length' if the response was cut at the token limit."),
+    "input_tokens": Column(pa.int64(), "Tokens of prompts and images, summed over the turns."),
+    "output_tokens": Column(pa.int64(), "Tokens of the responses, summed over the turns."),
+    "images": Column(pa.list_(_IMAGE), "For each image: source, sha256, width, height (pixels), bytes (encoded)."),
+    "error": Column(
+        _ERROR, "Why the row failed: code, stage, message, and whether a retry may help; null if it is ok."
+    ),
+    "attempts": Column(pa.int32(), "Number of times the row was attempted."),
+    "seconds": Column(pa.float64(), "Time from the row's first stage to its result."),
 }
 
 
 def schema(id_type: IdType, kept: pa.Schema | None = None) -> pa.Schema:
-    """The output's schema: the columns of `COLUMNS`, then the kept ones with the manifest's own types.
+    """Return the output's schema: `COLUMNS`, then the kept columns with the manifest's types.
 
-    id_type: the type of the manifest's ids; None (no ids) makes a column of strings, all null.
-    Raises OptionError where a kept column has the name of an output column.
+    Args:
+        id_type: Type of the manifest's ids; None (no ids) results in a column of strings, all null.
+        kept: The kept columns.
+
+    Raises:
+        OptionError: a kept column has the name of an output column.
 
     >>> schema("int64", pa.schema([("site", pa.string())])).names[:2]
     ['row', 'id']
@@ -108,10 +119,10 @@ def schema(id_type: IdType, kept: pa.Schema | None = None) -> pa.Schema:
     for field in kept if kept is not None else ():
         if field.name in COLUMNS:
             raise OptionError(
-                f"--keep {field.name}: the output has a column of this name; rename the manifest's column, or leave "
-                f"it out and join it from the manifest by the row's number"
+                f"--keep {field.name}: the output already has a column of this name: rename the manifest's column, or "
+                f"omit it and join it from the manifest by row number"
             )
-        # Dictionaries differ from part to part, which readers of many parts handle badly; Parquet compresses either.
+        # Dictionaries differ between parts, which readers of many parts handle badly; Parquet compresses both well.
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         fields.append(pa.field(field.name, kind))
     return pa.schema(fields)
@@ -122,71 +133,79 @@ _decoder = msgspec.msgpack.Decoder(Record, ext_hook=unpack)
 
 
 def encode(record: Record) -> bytes:
-    """The record as the journal holds it; halves of surrogate pairs, which UTF-8 cannot hold, become U+FFFD.
+    """Return the record as msgpack. Lone surrogates, which UTF-8 cannot represent, become U+FFFD.
 
-    Raises TypeError where a kept value is of a type that Arrow never hands out.
+    Raises:
+        TypeError: a kept value has a type that Arrow never returns.
     """
     if record.kept and (packed := pack(record.kept)) is not record.kept:
         record = msgspec.structs.replace(record, kept=packed)
     try:
         return _encoder.encode(record)
     except UnicodeEncodeError:
-        return _encoder.encode(_clean(record))
+        return _encoder.encode(_replace_surrogates(record))
 
 
 def decode(data: bytes | memoryview) -> Record:
-    """The record back from `encode`. Raises ValueError where the bytes are none."""
+    """Return the record that `encode` encoded. Raises ValueError for other bytes."""
     return _decoder.decode(data)
 
 
-def _clean(value: Any) -> Any:
+def _replace_surrogates(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, list):
-        return [_clean(item) for item in value]
+        return [_replace_surrogates(item) for item in value]
     if isinstance(value, dict):
-        return {_clean(name): _clean(item) for name, item in value.items()}
+        return {_replace_surrogates(name): _replace_surrogates(item) for name, item in value.items()}
     if isinstance(value, msgspec.Struct):
-        return type(value)(**{name: _clean(getattr(value, name)) for name in value.__struct_fields__})
+        return type(value)(**{name: _replace_surrogates(getattr(value, name)) for name in value.__struct_fields__})
     return value
 
 
 def to_batch(records: Sequence[Record], schema: pa.Schema) -> pa.RecordBatch:
-    """The records as Arrow: `len(records)` rows of the output's schema, in the order given."""
+    """Return the records as an Arrow batch with the output's schema, in the given order."""
     columns: list[pa.Array] = []
     for field in schema:
         if field.name == "images":
             columns.append(_images([record.images for record in records]))
         elif field.name == "error":
-            columns.append(pa.array([e and msgspec.structs.asdict(e) for e in (r.error for r in records)], _ERROR))
+            columns.append(
+                pa.array(
+                    [error and msgspec.structs.asdict(error) for error in (record.error for record in records)], _ERROR
+                )
+            )
         elif field.name == "id" and pa.types.is_string(field.type):
-            columns.append(pa.array([i if i is None else str(i) for i in (r.id for r in records)], field.type))
+            columns.append(
+                pa.array([None if id is None else str(id) for id in (record.id for record in records)], field.type)
+            )
         elif field.name in COLUMNS:
-            columns.append(_fit(field, [getattr(record, field.name) for record in records]))
+            columns.append(_to_array(field, [getattr(record, field.name) for record in records]))
         else:
-            columns.append(_fit(field, [record.kept.get(field.name) for record in records]))
+            columns.append(_to_array(field, [record.kept.get(field.name) for record in records]))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _images(lists: list[list[Image]]) -> pa.Array:
-    # Column by column: a third of the time that a dictionary per picture takes.
+def _images(image_lists: list[list[Image]]) -> pa.Array:
+    # Column by column: a third of the time that one dictionary per image takes.
     offsets = [0]
-    for images in lists:
+    for images in image_lists:
         offsets.append(offsets[-1] + len(images))
-    flat = [image for images in lists for image in images]
+    flat = [image for images in image_lists for image in images]
     children = [pa.array([getattr(image, field.name) for image in flat], field.type) for field in _IMAGE]
     return pa.ListArray.from_arrays(
         pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(children, fields=list(_IMAGE))
     )
 
 
-def _fit(field: pa.Field, values: list[Any]) -> pa.Array:
+def _to_array(field: pa.Field, values: list[Any]) -> pa.Array:
     try:
         return pa.array(values, field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        # The manifest's reader vouches for the types. Should one slip through, the answer beside it must not be lost.
+        # The manifest's reader checks the types. If a wrong value slips through, the response must not be lost with it.
         fitting = [value if _fits(value, field.type) else None for value in values]
-        log.warning("column %s: %d values are no %s: written as null", field.name, _lost(values, fitting), field.type)
+        count = _count_replaced(values, fitting)
+        logger.warning("column %s: %d values are not of type %s: written as null", field.name, count, field.type)
         return pa.array(fitting, field.type)
 
 
@@ -198,5 +217,5 @@ def _fits(value: Any, kind: pa.DataType) -> bool:
     return True
 
 
-def _lost(values: Iterable[Any], fitting: Iterable[Any]) -> int:
+def _count_replaced(values: Iterable[Any], fitting: Iterable[Any]) -> int:
     return sum(new is None and old is not None for old, new in zip(values, fitting, strict=True))

@@ -1,21 +1,21 @@
 """An output on an object store: `-o s3://bucket/prefix`.
 
-The layout is a folder's (see `shard.py`), with these differences:
+The layout is that of a directory (see `shard.py`), with these differences:
 
-- A bucket has no fsync and no append. Journals, locks and logs lie in a working folder on a disk of the machine that
-  runs, one for each output (`--work`). A part is made there, uploaded whole, and looked at in the bucket; only then its
-  journal goes. What attempts that have ended left in the working folder is brought in by the next one on the machine.
-- Two machines cannot exclude each other, and pyarrow has no call that makes an object only where there is none. So an
-  attempt's number ends in five digits drawn at random: names stay unique, and higher numbers are later attempts.
-- Of two first attempts at once the later `run.json` stays. Whether it is still one's own is seen to again before each
-  part is uploaded, so that answers of another meaning never get in; what they were is kept in the working folder.
+- A bucket has no fsync and no append. Journals, locks and logs are kept in a working directory on a disk of the machine
+  that runs, one for each output (`--work`). A part is made there, uploaded whole and checked in the bucket; only then
+  its journal is removed. The next attempt on a machine uploads what earlier attempts left in its working directory.
+- Two machines cannot exclude each other, and pyarrow has no call that creates an object only if it does not exist.
+  Therefore an attempt's number ends in five random digits: names stay unique, and later attempts have higher numbers.
+- If two first attempts start concurrently, the later `run.json` remains. Each attempt checks before every upload that
+  `run.json` is still its own, so results with another meaning are never mixed; they stay in the working directory.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,70 +27,81 @@ import pyarrow as pa
 
 from ..config.units import Shard
 from ..errors import OptionError, ResumeError
-from ..storage import uploads
 from ..storage.disk import Disk, as_stopped_early
 from ..storage.object_store import Bucket, RemoteError, map_concurrently
+from ..storage.uploads import RETRY_SECONDS, Uploads
 from . import parts
 from .journal import Journal
 from .lock import Holder
+from .output import LocalStorage, Storage
 from .parts import Part
 from .run_file import RUN_FILE, RunFile
-from .shard import JOURNAL, PART, FileStat, Key, ShardFolder, keys
+from .shard import JOURNAL, PART, FileStat, SegmentKey, ShardDirectory, parse_keys
 
 SPAN = 100_000
-"""How far the numbers of attempts that do not see each other are drawn from."""
-_NOBODY = b"{}"
+"""Attempts that do not see each other draw their numbers from a range of this size."""
+_NO_HOLDER = b"{}"
 
 
-class Remote(Bucket):
-    """An output's prefix in a bucket, and its working folder on this machine."""
+class RemoteStorage(Bucket, Storage):
+    """An output's prefix in a bucket, and its working directory on this machine."""
 
-    def __init__(self, uri: str, work: Path) -> None:
-        """work: the folder for working folders."""
+    uploads_parts = True
+
+    def __init__(self, uri: str, work: Path, retry_seconds: float = RETRY_SECONDS) -> None:
+        """Make no connection yet.
+
+        Args:
+            uri: The prefix.
+            work: The parent of all working directories.
+            retry_seconds: For how long a failed upload is retried before the run stops.
+        """
         super().__init__(uri)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(self))[-80:].strip("-")
         self.path = work / f"{name}-{blake2b(str(self).encode(), digest_size=4).hexdigest()}"
-        self.uploads = uploads.Uploads(self.path, uploads.PATIENCE)
+        self.uploads = Uploads(self.path, retry_seconds)
         self.check: Callable[[], None] = lambda: None
-        """Called before a part is uploaded: raises ResumeError where the prefix has become another run's."""
+        """Called before a part is uploaded. Raises ResumeError if the prefix belongs to another run by now."""
 
-    def claim(self, guard: RunFile, disk: Disk) -> None:
-        """Makes the prefix and the working folder the guard's run's, or finds that they are.
-
-        Raises ResumeError where one of them is another run's, OSError and OptionError.
-        """
-        self.check = partial(guard.claim_prefix, self)
+    def create_or_verify(self, run_file: RunFile, disk: Disk) -> None:
+        """Create the prefix and the working directory, or check that both belong to this run."""
+        self.check = partial(self._create_or_verify_prefix, run_file)
         self.check()
         try:
-            guard.claim(self.path, disk)
+            LocalStorage(self.path).create_or_verify(run_file, disk)
         except ResumeError as error:
             raise ResumeError(
-                f"{error}, or remove {self.path}: it has what the other run, which had the same address, did not upload"
+                f"{error}, or remove {self.path}: it holds what another run with the same address did not upload"
             ) from None
 
-    def here(self) -> Path:
-        """The working folder, made if it is not there. Raises OptionError."""
+    def _create_or_verify_prefix(self, run_file: RunFile) -> None:
+        # Of several concurrent first attempts the last one creates the file; the others notice at their next check.
+        existing = RunFile.decode(self.put_if_absent(RUN_FILE, run_file.encode()), self)
+        run_file.check_matches(existing, self)
+
+    def make_path(self) -> Path:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OptionError(f"--work {self.path}: cannot be made: {error.strerror}") from error
+            raise OptionError(f"--work {self.path}: cannot be created: {error.strerror}") from error
         return self.path
 
-    def send(self, path: Path, name: str) -> str:
-        """Moves a finished file from the working folder below the prefix; its address. Raises StoppedEarly."""
+    def publish(self, path: Path, name: str) -> Path | str:
         self.uploads.submit(partial(self.upload, path, name))
         self.uploads.wait()
         path.unlink()
         return f"{self}/{name}"
 
-    def shard(self, path: Path, shard: Shard) -> ShardFolder:
-        """The shard's folder below the prefix; path: its part of the working folder."""
-        return RemoteShard(path, shard, self)
+    def shard(self, shard: Shard) -> ShardDirectory:
+        return RemoteShardDirectory(self._shard_path(shard), shard, self)
+
+    def sibling(self, name: str) -> Path | None:
+        return None
 
 
 @contextmanager
-def answering() -> Iterator[None]:
-    """Makes StoppedEarly of what an object store refuses, for who goes on as soon as it answers again."""
+def stop_on_remote_error() -> Iterator[None]:
+    """Raise StoppedEarly for a RemoteError: the same command can resume once the store responds again."""
     try:
         yield
     except RemoteError as error:
@@ -98,31 +109,33 @@ def answering() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class RemoteShard(ShardFolder):
-    """A shard's folder below the prefix, and its part of the working folder."""
+class RemoteShardDirectory(ShardDirectory):
+    """A shard's directory below the prefix, and its part of the working directory."""
 
-    out: Remote
+    storage: RemoteStorage
 
-    def here(self) -> Iterable[str]:
+    def local_names(self) -> Collection[str]:
         try:
-            return super().here()
+            return super().local_names()
         except FileNotFoundError:  # no attempt has been made on this machine
             return []
 
-    def names(self) -> Iterable[str]:
-        return self.out.files(self.path.name)
+    def names(self) -> Collection[str]:
+        return self.storage.files(self.path.name)
 
     def read(self, name: str) -> bytes:
-        return self.out.read(self._named(name))
+        return self.storage.read(self._object_name(name))
 
-    def reading(self, keys: Iterable[Key], scratch: Path | None = None) -> Iterator[tuple[Key, Callable[[], Part]]]:
+    def part_readers(
+        self, keys: Iterable[SegmentKey], scratch: Path | None = None
+    ) -> Iterator[tuple[SegmentKey, Callable[[], Part]]]:
         keys = list(keys)
-        read = self._footer if scratch is None else partial(self._copy, scratch)
+        read = self._read_footer if scratch is None else partial(self._download, scratch)
         yield from zip(keys, map_concurrently(read, [self.part(key).name for key in keys]), strict=True)
 
     def files(self) -> dict[str, FileStat]:
-        found = super().files() if self.path.is_dir() else {}
-        return found | {name: FileStat(*stamp) for name, stamp in self.out.files(self.path.name).items()}
+        local = super().files() if self.path.is_dir() else {}
+        return local | {name: FileStat(*stat) for name, stat in self.storage.files(self.path.name).items()}
 
     def holder(self) -> Holder | None:
         try:
@@ -134,64 +147,66 @@ class RemoteShard(ShardFolder):
         return (self.last_attempt() // SPAN + 1) * SPAN + secrets.randbelow(SPAN)
 
     def put(self, name: str, data: bytes, disk: Disk) -> None:
-        self.out.uploads.submit(partial(self.out.put, self._named(name), data))
+        self.storage.uploads.submit(partial(self.storage.put, self._object_name(name), data))
 
     def put_new(self, name: str, data: bytes, disk: Disk) -> None:
-        if self.out.put_first(self._named(name), data) != data:
-            raise FileExistsError(self._named(name))
+        if self.storage.put_if_absent(self._object_name(name), data) != data:
+            raise FileExistsError(self._object_name(name))
 
-    def settle(self, key: Key, disk: Disk) -> None:
-        self.out.uploads.submit(partial(self._bring, key, disk))
+    def remove_journal(self, key: SegmentKey, disk: Disk) -> None:
+        self.storage.uploads.submit(partial(self._upload_part, key, disk))
 
-    def rescue(self, schema: pa.Schema, metadata: Mapping[str, str], disk: Disk) -> None:
-        here = self.here()
-        journals, made = keys(JOURNAL, here), keys(PART, here)
-        told = {attempt.attempt: attempt.metadata for attempt in self.attempts()} if journals - made else {}
-        for key in sorted(journals | made):
-            if key not in made:
+    def recover_local(self, schema: pa.Schema, metadata: Mapping[str, str], disk: Disk) -> None:
+        names = self.local_names()
+        journals, existing_parts = parse_keys(JOURNAL, names), parse_keys(PART, names)
+        unconverted = journals - existing_parts
+        described = {attempt.attempt: attempt.metadata for attempt in self.attempts()} if unconverted else {}
+        for key in sorted(journals | existing_parts):
+            if key not in existing_parts:
                 journal = Journal.read(self.journal(key))
                 if not any(True for _ in journal.entries()):
                     disk.remove(self.journal(key))
                     continue
-                about = {**told[key[0]], **metadata} if told.get(key[0]) else {}
-                for _ in parts.write(journal, self.part(key), schema, about, disk):
+                attempt_metadata = described.get(key[0])
+                part_metadata = {**attempt_metadata, **metadata} if attempt_metadata else {}
+                for _ in parts.write(journal, self.part(key), schema, part_metadata, disk):
                     pass
-            self._bring(key, disk)
+            self._upload_part(key, disk)
 
-    def beat(self, holder: Holder | None) -> None:
-        if holder is None or self.out.uploads.idle:
-            data = _NOBODY if holder is None else msgspec.json.encode(holder)
-            self.out.uploads.submit(partial(self.out.put, self._named("lock"), data))
+    def heartbeat(self, holder: Holder | None) -> None:
+        if holder is None or self.storage.uploads.idle:
+            data = _NO_HOLDER if holder is None else msgspec.json.encode(holder)
+            self.storage.uploads.submit(partial(self.storage.put, self._object_name("lock"), data))
 
-    def wait(self) -> None:
-        self.out.uploads.wait()
+    def wait_for_uploads(self) -> None:
+        self.storage.uploads.wait()
 
-    def leave(self) -> None:
-        self.out.uploads.give_up()
+    def detach(self) -> None:
+        self.storage.uploads.give_up()
 
-    def forget(self, attempt: int) -> None:
-        self.out.remove(self._named(f"attempt-{attempt:04d}.json"))
-        self.out.remove(self._named("lock"))
-        if not self.last_attempt() and set(self.out.folders()) <= {self.path.name}:
-            self.out.remove(RUN_FILE)
+    def delete_attempt(self, attempt: int) -> None:
+        self.storage.remove(self._object_name(f"attempt-{attempt:04d}.json"))
+        self.storage.remove(self._object_name("lock"))
+        if not self.last_attempt() and set(self.storage.directories()) <= {self.path.name}:
+            self.storage.remove(RUN_FILE)
 
-    def _named(self, name: str) -> str:
+    def _object_name(self, name: str) -> str:
         return f"{self.path.name}/{name}"
 
-    def _footer(self, name: str) -> Part:
-        return Part.read(f"{self.out}/{self._named(name)}", self.out.footer(self._named(name)))
+    def _read_footer(self, name: str) -> Part:
+        return Part.read(f"{self.storage}/{self._object_name(name)}", self.storage.read_footer(self._object_name(name)))
 
-    def _copy(self, scratch: Path, name: str) -> Part:
+    def _download(self, scratch: Path, name: str) -> Part:
         copy = scratch / f"{self.path.name}-{name}"
-        self.out.download(self._named(name), copy)
+        self.storage.download(self._object_name(name), copy)
         return Part.read(copy)
 
-    def _bring(self, key: Key, disk: Disk) -> None:
-        """Uploads a part and removes what it was made of. May be done again after a failure."""
+    def _upload_part(self, key: SegmentKey, disk: Disk) -> None:
+        """Upload a part, then remove it and its journal from the disk. Can be repeated after a failure."""
         part = self.part(key)
-        self.out.check()
-        self.out.upload(part, self._named(part.name))
+        self.storage.check()
+        self.storage.upload(part, self._object_name(part.name))
         for path in (self.journal(key), part):
             with suppress(FileNotFoundError):
                 disk.remove(path)
-        disk.sync_folder(self.path)
+        disk.sync_directory(self.path)

@@ -1,4 +1,4 @@
-"""What a `retry` asks again: rows whose result is a failure that may pass, or of the codes that it is told."""
+"""The rows that a `retry` selects: retryable failures, or failures with the given error codes."""
 
 from __future__ import annotations
 
@@ -7,58 +7,66 @@ from dataclasses import dataclass
 
 from ..errors import OptionError, row_errors
 from .rowset import Outcomes, RowSet
-from .shard import Recovered, ShardFolder
+from .shard import Recovered, ShardDirectory
 
 RETRYABLE_CODES = frozenset(error.code for error in row_errors() if error.retryable)
 
 
 @dataclass(frozen=True)
 class RetrySelection:
-    """A retry of a shard's failed rows. What they came to before stays where it is; the later result wins."""
+    """A selection of a shard's failed rows by error code. Earlier results stay in place; later ones take precedence."""
 
     codes: frozenset[str] | None = RETRYABLE_CODES
-    """Of the failures; None is all of them."""
+    """Error codes; None selects all failures."""
 
     @classmethod
     def of(cls, codes: Iterable[str] | None = None, *, all: bool = False) -> RetrySelection:
-        """By codes (of the table in docs/reference.md), or all failures, or those that may pass.
+        """Select failures by error code; by default those whose code is retryable.
 
-        Raises OptionError for an unknown code, and for codes beside `all`.
+        Args:
+            codes: Error codes (see the table in docs/reference.md).
+            all: Select all failures.
+
+        Raises:
+            OptionError: a code is unknown, or both `codes` and `all` are given.
 
         >>> RetrySelection.of(["http_status"]).codes, RetrySelection.of(all=True).codes
         (frozenset({'http_status'}), None)
         """
-        wanted = frozenset(codes or ())
-        if wanted and all:
-            raise OptionError("--codes and --all: give one of them")
+        chosen = frozenset(codes or ())
+        if chosen and all:
+            raise OptionError("--codes and --all: specify only one of them")
         known = {error.code for error in row_errors()}
-        if unknown := wanted - known:
+        if unknown := chosen - known:
             raise OptionError(
-                f"--codes: no error has the code {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
+                f"--codes: unknown error code {', '.join(sorted(unknown))}; known codes: {', '.join(sorted(known))}"
             )
-        return cls(None if all else wanted or RETRYABLE_CODES)
+        return cls(None if all else chosen or RETRYABLE_CODES)
 
-    def number(self, shard: ShardFolder) -> int:
-        """The how-manieth retry of the shard this is, from 1. A stopped one goes on if its codes are the same."""
+    def retry_number(self, shard: ShardDirectory) -> int:
+        """Return the 1-based number of this retry of the shard.
+
+        A stopped retry with the same codes is resumed under its number.
+        """
         attempts = shard.attempts()
         last = max((attempt.retry for attempt in attempts), default=0)
-        of_last = [attempt for attempt in attempts if attempt.retry == last]
-        stopped = last and all(attempt.codes == self.told and not attempt.ended for attempt in of_last)
-        # One that died once it had asked all its rows, but before it could say so, is over as well.
-        return last if stopped and self._leaves_some(shard.recover(), last) else last + 1
+        last_attempts = [attempt for attempt in attempts if attempt.retry == last]
+        stopped = last and all(attempt.codes == self.codes_json and not attempt.ended for attempt in last_attempts)
+        # A retry that died after its last row, before it was marked as ended, is over as well.
+        return last if stopped and self._has_remaining(shard.recover(), last) else last + 1
 
-    def failed(self, tally: Outcomes) -> dict[str, RowSet]:
-        """The failed rows that it is about, by code."""
-        return {code: rows for code, rows in tally.failed.items() if self.codes is None or code in self.codes}
+    def failed(self, outcomes: Outcomes) -> dict[str, RowSet]:
+        """Return the selected failed rows by error code."""
+        return {code: rows for code, rows in outcomes.failed.items() if self.codes is None or code in self.codes}
 
-    def left(self, tally: Outcomes, asked: RowSet) -> dict[str, RowSet]:
-        """The same, less those that this retry has asked already."""
-        return {code: rows - asked for code, rows in self.failed(tally).items()}
+    def remaining(self, outcomes: Outcomes, retried: RowSet) -> dict[str, RowSet]:
+        """Return the selected failed rows by error code, without those that this retry has asked already."""
+        return {code: rows - retried for code, rows in self.failed(outcomes).items()}
 
-    def _leaves_some(self, recovered: Recovered, number: int) -> bool:
-        return any(map(len, self.left(recovered.tally(), recovered.of_retry(number)).values()))
+    def _has_remaining(self, recovered: Recovered, number: int) -> bool:
+        return any(map(len, self.remaining(recovered.outcomes(), recovered.of_retry(number)).values()))
 
     @property
-    def told(self) -> list[str] | None:
-        """As an attempt's file has it."""
+    def codes_json(self) -> list[str] | None:
+        """The codes as an attempt's file holds them."""
         return None if self.codes is None else sorted(self.codes)

@@ -1,31 +1,31 @@
-"""One shard's folder: what is in it, and what an attempt at it (`attempt.py`) does there.
+"""A shard's directory: its files, and the operations of an attempt (`attempt.py`) on them.
 
-    OUT/run.json                         what the run is: see `guard.py`
+    OUT/run.json                         identifies the run: see `run_file.py`
     OUT/shard-00000-of-00001/
-        lock                             held by the runner that is at work here
-        attempt-0001.json                who tried, when, with what; made exclusively, it numbers the attempts
+        lock                             held by the runner that works on this shard
+        attempt-0001.json                who made the attempt, when, with what; created exclusively
         journal-0001-000001.log          attempt 1's first segment, until a part holds its records
-        part-0001-000001.parquet         the part made of it; where both are there, the part counts alone
-        complete.json                    there once an attempt reached the shard's end
+        part-0001-000001.parquet         the part made from it; if both exist, only the part counts
+        complete.json                    exists once an attempt has reached the end of the shard
     OUT/results.parquet                  all shards merged
-    OUT/summary.json                     the runner's last words
+    OUT/summary.json                     the last run's summary
 
-Every attempt writes files of its own names and only reads those of the others, so that attempts that do not see each
-other (two hosts, a file system without locks) cannot harm each other. What a dead attempt left behind stays where it
-is: journals are read, names that start with a dot are temporary and ignored.
+Every attempt writes files with names of its own and only reads those of other attempts, so attempts that do not see
+each other (two hosts, a file system without locks) cannot harm each other. Files of a dead attempt remain: journals are
+read; names that start with a dot are temporary and ignored.
 
-On an object store the layout is the same; `remote.py` has what differs.
+On an object store the layout is the same; `remote.py` describes the differences.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -33,21 +33,20 @@ import pyarrow as pa
 from ..config.units import Shard
 from ..storage.disk import Disk
 from .journal import Journal
-from .lock import Holder, holder
+from .lock import Holder, read_holder
 from .parts import Part
 from .rowset import Outcomes, RowSet
 
-_SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 _ATTEMPT = re.compile(r"(?:attempt|journal|part)-(\d+)[.-].*")
 JOURNAL = re.compile(r"journal-(\d+)-(\d+)\.log")
 PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
 
-Key = tuple[int, int]
-"""Attempt and number: what a segment and its part have in common."""
+SegmentKey = tuple[int, int]
+"""Attempt and segment number, shared by a segment and its part."""
 
 
 class AttemptFile(msgspec.Struct, omit_defaults=True):
-    """`attempt-0001.json`."""
+    """The contents of `attempt-0001.json`."""
 
     format: int
     attempt: int
@@ -57,90 +56,64 @@ class AttemptFile(msgspec.Struct, omit_defaults=True):
     since: str
     versions: dict[str, str]
     total: int | None = None
-    """The manifest's rows, at most `--limit`, where the attempt knew them at its start or got to know them."""
+    """Number of rows in the manifest, limited by `--limit`; None while the attempt does not know it."""
     codes: list[str] | None = None
-    """Of the failures that a retry asks again; None is all of them. Means nothing where `retry` is 0."""
+    """Error codes that a retry selects; None selects all failures. Ignored if `retry` is 0."""
     ended: bool = False
-    """Whether a retry came to its end: the next one is another."""
+    """Whether a retry is finished, so that the next one gets a new number."""
     metadata: dict[str, str] = {}
-    """What the run said about itself: EngineInfo and the like."""
+    """The run's description: EngineInfo and others."""
     up: float | None = None
-    """When it did, since the engine was up: seconds since the epoch."""
+    """When the engine was up and the run described itself, in seconds since the epoch."""
 
 
 class CompleteFile(msgspec.Struct):
-    """`complete.json`."""
+    """The contents of `complete.json`."""
 
     format: int
     total: int | None
-    """The manifest's rows, all shards together."""
+    """Number of rows in the manifest, all shards together."""
 
 
 class FileStat(NamedTuple):
-    """By what a file is known to have changed."""
+    """The properties that change whenever a file does."""
 
     time: float
-    """When it was written last, in seconds since the epoch, by the file system's clock."""
+    """Time of the last write by the file system's clock, in seconds since the epoch."""
     size: int
 
 
-class Storage(Protocol):
-    """An output that does not lie on a disk: see `remote.py`."""
-
-    @property
-    def path(self) -> Path:
-        """The folder on a disk for what cannot lie there: journals, locks, logs."""
-
-    def folders(self) -> list[str]:
-        """The folders in it, by name."""
-
-    def shard(self, path: Path, shard: Shard) -> ShardFolder:
-        """The shard's folder there; path: the one on the disk."""
-
-
 @dataclass(frozen=True)
-class ShardFolder:
-    """A shard's folder: what is in it, whoever wrote it."""
+class ShardDirectory:
+    """A shard's directory with the files of all attempts; this class is the implementation for a disk."""
 
     path: Path
-    """Where its journals and all that a runner needs on a disk lie; on a disk, all of it."""
+    """The directory on a disk: of a local output all files, of a remote one only journals, lock and logs."""
     shard: Shard
 
-    @classmethod
-    def of(cls, out: Path | Storage, shard: Shard) -> ShardFolder:
-        """The shard's folder in the output folder `out`."""
-        name = f"shard-{shard.index:05d}-of-{shard.count:05d}"
-        return cls(out / name, shard) if isinstance(out, Path) else out.shard(out.path / name, shard)
-
-    @classmethod
-    def all(cls, out: Path | Storage, count: int | None = None) -> list[ShardFolder]:
-        """The shards' folders that are there, in order; of a run in `count` shards only its own."""
-        names = [path.name for path in out.iterdir()] if isinstance(out, Path) else out.folders()
-        shards = [Shard(int(match[1]), int(match[2])) for match in map(_SHARD.fullmatch, names) if match]
-        own = (shard for shard in shards if count is None or shard.count == count)
-        return [cls.of(out, shard) for shard in sorted(own, key=lambda shard: shard.index)]
-
-    def journal(self, key: Key) -> Path:
-        """Where a segment lies."""
+    def journal(self, key: SegmentKey) -> Path:
+        """Return the path of a segment."""
         return self.path / f"journal-{key[0]:04d}-{key[1]:06d}.log"
 
-    def part(self, key: Key) -> Path:
-        """Where the segment's part lies."""
+    def part(self, key: SegmentKey) -> Path:
+        """Return the path of a segment's part."""
         return self.path / f"part-{key[0]:04d}-{key[1]:06d}.parquet"
 
-    def keys(self) -> tuple[set[Key], set[Key]]:
-        """The journals that no part was made of, and the parts. Of the former some may be parts by now."""
-        journals = keys(JOURNAL, self.here())  # before the parts: a journal goes only once its part is there
-        parts = keys(PART, self.names())
+    def keys(self) -> tuple[set[SegmentKey], set[SegmentKey]]:
+        """Return the journals without a part, and the parts. Some of these journals may have become parts meanwhile."""
+        journals = parse_keys(JOURNAL, self.local_names())  # first: a journal is removed only once its part exists
+        parts = parse_keys(PART, self.names())
         return journals - parts, parts
 
     def sources(self, scratch: Path | None = None) -> Iterator[Part | Journal]:
-        """All that holds records: the journals that no part was made of, then the parts.
+        """Yield everything that holds records: journals without a part, then parts. Safe while runners are active.
 
-        scratch: a folder for copies of parts that are not on a disk, where their rows are wanted and not their footers
-        alone.
+        Args:
+            scratch: A directory for copies of remote parts, to read their rows; by default only footers are read.
 
-        Right while runners are at work here. Raises OSError, and ResumeError for what is damaged or too new.
+        Raises:
+            OSError: a file cannot be read.
+            ResumeError: a file is damaged or has a later format.
         """
         journals, parts = self.keys()
         for key in sorted(journals):
@@ -148,133 +121,142 @@ class ShardFolder:
                 yield Journal.read(self.journal(key))
             except FileNotFoundError:
                 parts.add(key)
-        for _, read in self.reading(sorted(parts), scratch):
+        for _, read in self.part_readers(sorted(parts), scratch):
             yield read()
 
-    def reading(self, keys: Iterable[Key], scratch: Path | None = None) -> Iterator[tuple[Key, Callable[[], Part]]]:
-        """For each part what reads it; that raises what `Part.read` raises. scratch: as of `sources`."""
+    def part_readers(
+        self, keys: Iterable[SegmentKey], scratch: Path | None = None
+    ) -> Iterator[tuple[SegmentKey, Callable[[], Part]]]:
+        """Yield for each part a function that reads it and raises what `Part.read` raises.
+
+        Args:
+            keys: The parts.
+            scratch: See `sources`.
+        """
         for key in keys:
             yield key, partial(Part.read, self.part(key))
 
     def recover(self) -> Recovered:
-        """Which rows are done, and how, by all attempts so far. Raises what `sources` raises."""
-        found = Recovered()
+        """Read the outcomes of all attempts so far. Raises what `sources` raises."""
+        recovered = Recovered()
         for source in self.sources():
-            rows = source if isinstance(source, Part) else source.tally()  # a journal is large, a tally small
-            found.sources.append((-source.retry, source.attempt, rows))
-        found.sources.sort(key=lambda one: one[:2])
-        return found
+            # Keep a journal's outcomes only: its records are large.
+            rows = source if isinstance(source, Part) else source.outcomes()
+            recovered.sources.append((-source.retry, source.attempt, rows))
+        recovered.sources.sort(key=lambda source: source[:2])
+        return recovered
 
     def attempts(self) -> list[AttemptFile]:
-        """What the attempts said about themselves, by number; one that died over saying it is left out."""
-        found = []
+        """Return the attempts' files by number, without those whose writer died while writing them."""
+        attempts = []
         for name in self.names():
             if name.startswith("attempt-"):
                 with suppress(msgspec.DecodeError):
-                    found.append(msgspec.json.decode(self.read(name), type=AttemptFile))
-        return sorted(found, key=lambda attempt: attempt.attempt)
+                    attempts.append(msgspec.json.decode(self.read(name), type=AttemptFile))
+        return sorted(attempts, key=lambda attempt: attempt.attempt)
 
     def complete(self) -> CompleteFile | None:
-        """Whether an attempt reached the shard's end."""
+        """Return `complete.json`, or None if no attempt has reached the end of the shard."""
         try:
             return msgspec.json.decode(self.read("complete.json"), type=CompleteFile)
         except FileNotFoundError:
             return None
 
     def files(self) -> dict[str, FileStat]:
-        """All files by name. Raises OSError."""
-        found = {}
+        """Return all files by name. Raises OSError."""
+        files = {}
         for path in self.path.iterdir():
             try:
-                now = path.stat()
+                stat = path.stat()
             except FileNotFoundError:
                 continue
-            found[path.name] = FileStat(now.st_mtime, now.st_size)
-        return found
+            files[path.name] = FileStat(stat.st_mtime, stat.st_size)
+        return files
 
     def holder(self) -> Holder | None:
-        """The runner at work here, or dead; None where the last one ended in order. Raises OSError."""
-        return holder(self.path / "lock")
+        """Return the active or dead runner, or None if the last one ended in order. Raises OSError."""
+        return read_holder(self.path / "lock")
 
     def last_attempt(self) -> int:
-        """The highest number that an attempt has taken, 0 where there was none."""
-        return max((key[0] for key in keys(_ATTEMPT, {*self.here(), *self.names()})), default=0)
+        """Return the highest attempt number in use, 0 if there is none."""
+        names = {*self.local_names(), *self.names()}
+        return max((key[0] for key in parse_keys(_ATTEMPT, names)), default=0)
 
     def next_attempt(self) -> int:
-        """A number for an attempt, above all that were taken."""
+        """Return an attempt number above all that are in use."""
         return self.last_attempt() + 1
 
-    def here(self) -> Iterable[str]:
-        """The names of the files on the disk. Raises OSError."""
+    def local_names(self) -> Collection[str]:
+        """Return the names of the files on the disk. Raises OSError."""
         return [path.name for path in self.path.iterdir()]
 
-    def names(self) -> Iterable[str]:
-        """The names of the finished files. Raises OSError."""
-        return self.here()
+    def names(self) -> Collection[str]:
+        """Return the names of the finished files. Raises OSError."""
+        return self.local_names()
 
     def read(self, name: str) -> bytes:
-        """A small finished file. Raises OSError."""
+        """Return the contents of a small finished file. Raises OSError."""
         return (self.path / name).read_bytes()
 
-    # What an attempt does; `disk` is what it writes with. All raise OSError.
+    # The operations of an attempt, which writes with `disk`. All raise OSError.
 
     def put(self, name: str, data: bytes, disk: Disk) -> None:
-        """Writes a small file, over what is there."""
+        """Write a small file, replacing an existing one."""
         disk.put(self.path / name, data)
 
     def put_new(self, name: str, data: bytes, disk: Disk) -> None:
-        """The same, but FileExistsError where there is such a file."""
+        """Write a small file. Raises FileExistsError if it exists."""
         disk.put_new(self.path / name, data)
 
-    def settle(self, key: Key, disk: Disk) -> None:
-        """Removes a segment whose part is in its place."""
+    def remove_journal(self, key: SegmentKey, disk: Disk) -> None:
+        """Remove a segment once its part is complete; on an object store, after the part's upload."""
         disk.remove(self.journal(key))
-        disk.sync_folder(self.path)
+        disk.sync_directory(self.path)
 
-    def rescue(self, schema: pa.Schema, metadata: Mapping[str, str], disk: Disk) -> None:
-        """Brings to where all see it what attempts that have ended left where only this machine does."""
+    def recover_local(self, schema: pa.Schema, metadata: Mapping[str, str], disk: Disk) -> None:
+        """Upload what ended attempts left on this machine. Nothing to do on a disk, where all see it."""
 
-    def beat(self, holder: Holder | None) -> None:
-        """Tells who is at work, or that nobody is any more, where the lock is not seen."""
+    def heartbeat(self, holder: Holder | None) -> None:
+        """Publish the active runner, or that there is none, where the lock is not visible to others."""
 
-    def wait(self) -> None:
-        """Returns once all that was put is where it belongs. Raises StoppedEarly and ResumeError as well."""
+    def wait_for_uploads(self) -> None:
+        """Return once all files have been uploaded. Raises also StoppedEarly and ResumeError."""
 
-    def leave(self) -> None:
-        """What is still on its way stays here."""
+    def detach(self) -> None:
+        """Cancel pending uploads; their files stay on this machine."""
 
-    def forget(self, attempt: int) -> None:
-        """Takes back an attempt that has recorded nothing, also from where the disk's files are not."""
+    def delete_attempt(self, attempt: int) -> None:
+        """Delete the remote files of an attempt that has recorded nothing."""
 
 
 class Recovered:
-    """What all attempts at a shard recorded, read once."""
+    """The outcomes of all attempts at a shard, read once."""
 
     def __init__(self) -> None:
         self.sources: list[tuple[int, int, Part | Outcomes]] = []
-        """Less the retry, the attempt, and the rows, in the order in which they win."""
+        """The negated retry, the attempt and the rows, in order of precedence."""
 
-    def tally(self) -> Outcomes:
-        """Which rows are done, and how."""
-        return Outcomes.joined(map(_tally, (rows for _, _, rows in self.sources)))
+    def outcomes(self) -> Outcomes:
+        """Return the rows that are done, by outcome."""
+        return Outcomes.joined(map(_outcomes, (rows for _, _, rows in self.sources)))
 
     def of_retry(self, number: int) -> RowSet:
-        """The rows that the so-many-th retry has asked, and got a result of."""
-        found = RowSet()
+        """Return the rows for which the given retry has recorded a result."""
+        retried = RowSet()
         for retry, _, rows in self.sources:
             if -retry == number:
-                found |= _tally(rows).rows()
-        return found
+                retried |= _outcomes(rows).rows()
+        return retried
 
 
-def _tally(rows: Part | Outcomes) -> Outcomes:
-    return rows.tally() if isinstance(rows, Part) else rows
+def _outcomes(rows: Part | Outcomes) -> Outcomes:
+    return rows.outcomes() if isinstance(rows, Part) else rows
 
 
-def total_of(attempts: Iterable[AttemptFile], complete: CompleteFile | None) -> tuple[int | None, bool]:
-    """The manifest's rows, if an attempt at a shard knew them; and whether that is in doubt.
+def manifest_total(attempts: Iterable[AttemptFile], complete: CompleteFile | None) -> tuple[int | None, bool]:
+    """Return the number of rows in the manifest, if an attempt at the shard knew it, and whether it is in doubt.
 
-    It is where the last attempt is at a text whose end it has not seen: an earlier one may have had a --limit.
+    It is in doubt if the last attempt reads a text whose end it has not seen: an earlier one may have had a `--limit`.
     """
     totals = [attempt.total for attempt in attempts if not attempt.retry]
     uncounted = complete is None and bool(totals) and totals[-1] is None
@@ -282,7 +264,7 @@ def total_of(attempts: Iterable[AttemptFile], complete: CompleteFile | None) -> 
     return max((total for total in known if total is not None), default=None), uncounted
 
 
-def keys(pattern: re.Pattern[str], names: Iterable[str]) -> set[Key]:
-    """The keys in the names that match."""
+def parse_keys(pattern: re.Pattern[str], names: Iterable[str]) -> set[SegmentKey]:
+    """Return the keys of the names that match a pattern."""
     matches = map(pattern.fullmatch, names)
-    return {(int(m[1]), int(m[2]) if pattern.groups > 1 else 0) for m in matches if m}
+    return {(int(match[1]), int(match[2]) if pattern.groups > 1 else 0) for match in matches if match}

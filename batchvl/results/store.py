@@ -1,10 +1,12 @@
-"""The output of one shard, as the runner sees it."""
+"""The results of one shard, as the runner sees them."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -15,116 +17,120 @@ from ..errors import BatchvlError, OptionError
 from ..storage.disk import FAILING, Disk, as_stopped_early
 from ..storage.object_store import RemoteError
 from .attempt import Attempt
+from .location import open_output
+from .output import LocalStorage, Storage
 from .record import Counts, Record
-from .remote import Remote
 from .retry_selection import RetrySelection
 from .rowset import Outcomes, RowSet
 from .run_file import RUN_FILE, RunFile
-from .shard import ShardFolder
+from .shard import Recovered
 from .writer import OnCommit, Writer
 
 
 class ResultStore:
-    """Records in, files out. Opened before the engine is there, since what is done decides whether one is needed.
+    """Records in, files out. Opened before the engine starts, since the rows that are done decide whether to start it.
 
     >>> import asyncio, tempfile
-    >>> async def example(folder: Path) -> int:
-    ...     output = ResultStore.open(folder, RunFile("f1", {}, total=2))
-    ...     output.describe({"engine": "fake"})
-    ...     output.add(Record(0, "ok", response="a cat"))
-    ...     await output.room()
-    ...     await output.close()
-    ...     return len(ResultStore.open(folder, RunFile("f1", {})).done)
+    >>> async def example(directory: Path) -> int:
+    ...     results = ResultStore.open(directory, RunFile("f1", {}, total=2))
+    ...     results.describe({"engine": "fake"})
+    ...     results.add(Record(0, "ok", response="a cat"))
+    ...     await results.wait_for_capacity()
+    ...     await results.close()
+    ...     return len(ResultStore.open(directory, RunFile("f1", {})).done)
     >>> asyncio.run(example(Path(tempfile.mkdtemp())))
     1
     """
 
     done: RowSet
-    """The rows that earlier attempts recorded, ok and failed; it does not grow with this attempt's."""
+    """The rows that earlier attempts recorded, ok and failed; does not grow with this attempt's rows."""
     counts: Counts
-    """The same rows, counted."""
-    redo: RowSet | None
-    """Where this is a retry, the rows that it asks: they are neither in `done` nor counted, and all before them is."""
+    """The number of these rows, by outcome."""
+    retry_rows: RowSet | None
+    """In a retry, the rows to retry. These are neither in `done` nor counted; all other rows before the last are."""
 
     def __init__(
-        self, guard: RunFile, attempt: Attempt, writer: Writer, done: RowSet, counts: Counts, redo: RowSet | None
+        self,
+        run_file: RunFile,
+        attempt: Attempt,
+        writer: Writer,
+        done: RowSet,
+        counts: Counts,
+        retry_rows: RowSet | None,
     ) -> None:
-        self._guard, self._attempt, self._writer = guard, attempt, writer
-        self.done, self.counts, self.redo = done, counts, redo
+        self._run_file, self._attempt, self._writer = run_file, attempt, writer
+        self.done, self.counts, self.retry_rows = done, counts, retry_rows
 
     @classmethod
     def open(
-        cls, folder: Path | Remote, guard: RunFile, shard: Shard | None = None, *, options: OutputOptions | None = None,
-        on_commit: OnCommit | None = None, redo: RetrySelection | None = None, disk: Disk | None = None,
-    ) -> ResultStore:  # fmt: skip
-        """Takes the shard's lock, compares `run.json`, takes an attempt's number and finds out what is done.
+        cls,
+        out: str | os.PathLike[str] | Storage,
+        run_file: RunFile,
+        shard: Shard | None = None,
+        *,
+        options: OutputOptions | None = None,
+        on_commit: OnCommit | None = None,
+        retry: RetrySelection | None = None,
+        disk: Disk | None = None,
+    ) -> ResultStore:
+        """Take the shard's lock, check `run.json`, take an attempt number and find the rows that are done. Blocks.
 
-        on_commit is called on the event loop's thread with the counts of what has just become durable. With `redo` it
-        is a retry of failed rows, whose results win over the earlier ones. Blocks; needs no event loop.
+        Args:
+            out: The output.
+            run_file: The run's identity.
+            shard: The shard; by default the first one.
+            options: By default the options' defaults.
+            on_commit: Called on the event loop's thread with the counts of the rows that have just become durable.
+            retry: Selects failed rows to retry; their new results take precedence over the earlier ones.
+            disk: Writes the files.
 
-        Raises ResumeError (another run's folder, a runner at work in it, files damaged or too new), OptionError (a kept
-        column's name, a folder that cannot be made or written) and StoppedEarly (the disk is full or failing).
+        Raises:
+            ResumeError: the output belongs to another run or has an active runner, or files are damaged or too new.
+            OptionError: the name of a kept column is taken, or the output cannot be created or written.
+            StoppedEarly: the disk is full or failing.
         """
-        shard, options, disk = shard or Shard(0, guard.shards), options or OutputOptions(), disk or Disk()
-        schema = guard.schema
-        try:
-            if isinstance(folder, Remote):
-                folder.claim(guard, disk)
-            else:
-                guard.claim(folder, disk)
-            place = ShardFolder.of(folder, shard)
-            if redo is None:
-                attempt = Attempt(place, retry=0, total=guard.total, disk=disk)
-            else:
-                attempt = Attempt(place, retry=redo.number(place), total=None, disk=disk, codes=redo.told)
-        except OSError as error:
-            was_written = isinstance(folder, Path) and (folder / RUN_FILE).exists()
-            if error.errno in FAILING or (error.errno == errno.EROFS and was_written):
-                raise as_stopped_early(folder, error) from error
-            raise OptionError(f"-o {folder}: cannot be written: {error.strerror}") from error
-        try:
-            attempt.folder.rescue(schema, _about(guard), disk)
-            recovered = attempt.folder.recover()
-            tally = recovered.tally()
-        except OSError as error:
-            attempt.release()
-            raise as_stopped_early(attempt.folder.path, error) from error
-        except BaseException:
-            attempt.release()
-            raise
+        storage = open_output(out)
+        shard, options, disk = shard or Shard(0, run_file.shards), options or OutputOptions(), disk or Disk()
+        schema = run_file.schema
+        attempt = _open_attempt(storage, run_file, shard, retry, disk)
+        with _release_on_error(attempt):
+            attempt.directory.recover_local(schema, _run_metadata(run_file), disk)
+            recovered = attempt.directory.recover()
+            outcomes = recovered.outcomes()
         writer = Writer(
-            attempt, schema, commit_seconds=options.commit_seconds, part_rows=options.part_rows, disk=disk,
-            part_seconds=options.upload_seconds if isinstance(folder, Remote) else None, on_commit=on_commit,
-        )  # fmt: skip
-        done, counts, again = tally.rows(), tally.counts(), None
-        if redo is not None:
-            left = redo.left(tally, recovered.of_retry(attempt.retry))
-            again = Outcomes(failed=left).rows()
-            kept = {code: rows - len(left.get(code, ())) for code, rows in counts.failed.items()}
-            counts.failed = {code: rows for code, rows in kept.items() if rows}
-            done = RowSet.below(again.stop) - again
-        return cls(guard, attempt, writer, done, counts, again)
+            attempt,
+            schema,
+            commit_seconds=options.commit_seconds,
+            part_rows=options.part_rows,
+            disk=disk,
+            part_seconds=options.upload_seconds if storage.uploads_parts else None,
+            on_commit=on_commit,
+        )
+        done, counts, retry_rows = outcomes.rows(), outcomes.counts(), None
+        if retry is not None:
+            done, counts, retry_rows = _select_retry(retry, attempt.retry, recovered, outcomes)
+        return cls(run_file, attempt, writer, done, counts, retry_rows)
 
     @property
     def complete(self) -> bool:
-        """Whether earlier attempts did all of the shard's rows, as far as `total` is known."""
+        """Whether earlier attempts did all rows of the shard, if `total` is known."""
         total = self.total
         if total is None:
             return False
-        rows = self._attempt.folder.shard.rows(total)
+        rows = self._attempt.directory.shard.rows(total)
         return self.done.count(rows) == len(rows)
 
     @property
     def total(self) -> int | None:
-        """The manifest's rows: the guard's, or those that an earlier attempt counted to the end."""
-        if self._guard.total is None and (ended := self._attempt.folder.complete()) is not None:
-            return ended.total
-        return self._guard.total
+        """Number of rows in the manifest: from the run file, or as counted by an attempt that reached the end."""
+        if self._run_file.total is None and (completed := self._attempt.directory.complete()) is not None:
+            return completed.total
+        return self._run_file.total
 
     @property
-    def folder(self) -> Path:
-        """The shard's folder."""
-        return self._attempt.folder.path
+    def directory(self) -> Path:
+        """The shard's directory."""
+        return self._attempt.directory.path
 
     @property
     def attempt(self) -> int:
@@ -132,82 +138,134 @@ class ResultStore:
         return self._attempt.number
 
     def describe(self, metadata: Mapping[str, str]) -> None:
-        """What the run says about itself: version, engine, …, as texts. Until this is called no part is made.
+        """Set the run's metadata: version, engine and so on. No part is made before this call.
 
-        Fingerprint and options are added. Raises StoppedEarly.
+        The fingerprint and the options are added. Raises StoppedEarly.
         """
         try:
             self._attempt.describe(metadata)
         except OSError as error:
-            raise as_stopped_early(self.folder, error) from error
-        self._writer.describe({**metadata, **_about(self._guard)})
+            raise as_stopped_early(self.directory, error) from error
+        self._writer.describe({**metadata, **_run_metadata(self._run_file)})
 
-    def beat(self, total: int | None) -> None:
-        """A sign of life for who watches from elsewhere, also while there is nothing to write. In any thread.
+    def heartbeat(self, total: int | None) -> None:
+        """Show that the runner is alive, even if it has nothing to write. Thread-safe.
 
-        total: the manifest's rows, as well as they are known.
+        Args:
+            total: Number of rows in the manifest, possibly estimated.
         """
         try:
-            self._attempt.beat(total)
+            self._attempt.heartbeat(total)
         except (OSError, BatchvlError):
-            pass  # the next commit, or part, tells of what fails
+            pass  # the next commit or part reports the failure
 
     def add(self, record: Record) -> None:
-        """Hands over a row's result: a few microseconds, never waits. `on_commit` tells when it is durable.
+        """Add a row's result. Takes microseconds and never waits; `on_commit` reports when it is durable.
 
-        Call it on the event loop's thread, after `await room()`. Raises StoppedEarly once writing has failed.
+        Call it on the event loop's thread, after `await wait_for_capacity()`. Raises StoppedEarly once a write has
+        failed.
         """
         self._writer.add(record)
 
-    async def room(self) -> None:
-        """Returns once at most 32 MB wait to be written. Raises StoppedEarly once writing has failed."""
-        await self._writer.room()
+    async def wait_for_capacity(self) -> None:
+        """Return once at most 32 MiB are waiting to be written. Raises StoppedEarly once a write has failed."""
+        await self._writer.wait_for_capacity()
 
     async def close(self, complete: bool = False, total: int | None = None) -> None:
-        """Commits what is left, makes the last part and lets go of the lock, whatever happens.
+        """Commit all records, make the last part and release the lock, even after an error.
 
-        complete: the shard's end was reached; total: the manifest's rows, where they were not known before.
-        Raises StoppedEarly where not all could be written, and ResumeError where the place has become another run's
-        meanwhile: what `on_commit` told of is kept.
+        Args:
+            complete: Whether the end of the shard was reached.
+            total: Number of rows in the manifest, if it was not known before.
+
+        Raises:
+            StoppedEarly: not everything could be written. Rows reported to `on_commit` are safe.
+            ResumeError: the output belongs to another run by now. The same rows are safe, on this machine.
         """
         try:
             await self._writer.close()
             if complete:
-                if self.redo is not None:
-                    self._attempt.end()
+                if self.retry_rows is not None:
+                    self._attempt.mark_retry_ended()
                 else:
-                    self._attempt.complete(self._guard.total if total is None else total)
-            elif total is not None and self.redo is None:
-                self._attempt.count(total)
+                    self._attempt.mark_complete(self._run_file.total if total is None else total)
+            elif total is not None and self.retry_rows is None:
+                self._attempt.set_total(total)
             await asyncio.to_thread(self._attempt.finish)
         except OSError as error:
-            raise as_stopped_early(self.folder, error) from error
+            raise as_stopped_early(self.directory, error) from error
         finally:
             self._attempt.release()
 
-    def withdraw(self, *, logs: bool) -> None:
-        """After `close`: takes back what this attempt left where no row was ever recorded, so that a run that could
-        not start binds no later one to its settings. With `logs`, files that may tell why stay.
+    def roll_back(self, *, logs: bool) -> None:
+        """Remove the files of this attempt after `close` if no attempt has ever recorded a row.
+
+        Thus a run that could not start does not bind later ones to its settings.
+
+        Args:
+            logs: Whether to keep the logs and the attempt's file, which may explain the failure.
         """
-        shard = self._attempt.folder
+        shard = self._attempt.directory
         try:
             if any(True for _ in shard.sources()):
                 return
-            shard.forget(self.attempt)
+            shard.delete_attempt(self.attempt)
         except RemoteError:
-            return  # it binds the later ones, then
-        out, name = shard.path.parent, f"{self.attempt:04d}"
+            return  # the store does not respond: the settings stay bound
+        local, number = LocalStorage(shard.path.parent), f"{self.attempt:04d}"
         if not logs:
-            replicas = shard.path.glob(f"engine-{name}-*.log")
-            for path in (shard.path / f"attempt-{name}.json", *shard.path.glob(f"*-{name}.log"), *replicas):
+            engine_logs = shard.path.glob(f"engine-{number}-*.log")
+            for path in (shard.path / f"attempt-{number}.json", *shard.path.glob(f"*-{number}.log"), *engine_logs):
                 path.unlink(missing_ok=True)
             if {path.name for path in shard.path.iterdir()} <= {"lock"}:
                 (shard.path / "lock").unlink(missing_ok=True)
                 shard.path.rmdir()
-        if all(found.path == shard.path for found in ShardFolder.all(out)):
-            (out / RUN_FILE).unlink(missing_ok=True)
+        if all(other.path == shard.path for other in local.shards()):
+            (local.path / RUN_FILE).unlink(missing_ok=True)
 
 
-def _about(guard: RunFile) -> dict[str, str]:
-    """What a guard adds to the parts' metadata."""
-    return {"fingerprint": guard.fingerprint, "options": msgspec.json.encode(guard.options).decode()}
+def _open_attempt(
+    storage: Storage, run_file: RunFile, shard: Shard, retry: RetrySelection | None, disk: Disk
+) -> Attempt:
+    """Create or check the output and begin an attempt at the shard."""
+    try:
+        storage.create_or_verify(run_file, disk)
+        directory = storage.shard(shard)
+        if retry is None:
+            return Attempt(directory, retry=0, total=run_file.total, disk=disk)
+        number = retry.retry_number(directory)
+        return Attempt(directory, retry=number, total=None, disk=disk, codes=retry.codes_json)
+    except OSError as error:
+        # A disk that was writable and is read-only now has failed; one that never was is a wrong option.
+        was_writable = (storage.path / RUN_FILE).exists()
+        if error.errno in FAILING or (error.errno == errno.EROFS and was_writable):
+            raise as_stopped_early(storage, error) from error
+        raise OptionError(f"-o {storage}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _release_on_error(attempt: Attempt) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        attempt.release()
+        if isinstance(error, OSError):
+            raise as_stopped_early(attempt.directory.path, error) from error
+        raise
+
+
+def _select_retry(
+    retry: RetrySelection, number: int, recovered: Recovered, outcomes: Outcomes
+) -> tuple[RowSet, Counts, RowSet]:
+    """Return the rows that are done, their counts, and the rows to retry."""
+    remaining = retry.remaining(outcomes, recovered.of_retry(number))
+    retry_rows = Outcomes(failed=remaining).rows()
+    counts = outcomes.counts()
+    failed = {code: rows - len(remaining.get(code, ())) for code, rows in counts.failed.items()}
+    counts.failed = {code: rows for code, rows in failed.items() if rows}
+    return RowSet.below(retry_rows.stop) - retry_rows, counts, retry_rows
+
+
+def _run_metadata(run_file: RunFile) -> dict[str, str]:
+    """Return what a run file adds to the parts' metadata."""
+    return {"fingerprint": run_file.fingerprint, "options": msgspec.json.encode(run_file.options).decode()}

@@ -1,4 +1,4 @@
-"""The writer: one thread that commits records in groups and makes parts of full segments between the commits."""
+"""The writer: one thread that commits records in groups and converts full segments to parts between the commits."""
 
 from __future__ import annotations
 
@@ -22,28 +22,45 @@ PART_BYTES = 64 * 2**20
 BACKLOG_BYTES = 32 * 2**20
 
 OnCommit = Callable[[Counts], None]
-_Frame = tuple[bytes, str | None]  # the frame, and the error's code, None where the row is ok
+_Frame = tuple[bytes, str | None]  # the frame and the error code, None if the row is ok
 
 
 class Writer:
     """Takes records on the event loop's thread and writes them on its own. At most one fsync is in flight."""
 
     def __init__(
-        self, attempt: Attempt, schema: pa.Schema, *, commit_seconds: float, part_rows: int, disk: Disk,
-        part_seconds: float | None = None, on_commit: OnCommit | None = None,
-    ) -> None:  # fmt: skip
-        """part_seconds: a segment becomes a part after so long, however few rows it has; None: it may stay one."""
+        self,
+        attempt: Attempt,
+        schema: pa.Schema,
+        *,
+        commit_seconds: float,
+        part_rows: int,
+        disk: Disk,
+        part_seconds: float | None = None,
+        on_commit: OnCommit | None = None,
+    ) -> None:
+        """Start no thread yet.
+
+        Args:
+            attempt: Names the segments and parts.
+            schema: The output's schema.
+            commit_seconds: Longest time between a record and its commit.
+            part_rows: Rows after which a segment becomes a part.
+            disk: Writes the files.
+            part_seconds: Time after which a segment becomes a part however few rows it has; None: no limit.
+            on_commit: Called on the event loop's thread with the counts of a commit.
+        """
         self._attempt, self._schema, self._disk = attempt, schema, disk
         self._commit_seconds, self._part_rows, self._on_commit = commit_seconds, part_rows, on_commit
         self._part_seconds = inf if part_seconds is None else part_seconds
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-        # The event loop's thread alone uses these.
+        # Used by the event loop's thread only.
         self._uncommitted = 0
         self._waiters: list[asyncio.Future[None]] = []
 
-        # Both threads use these, under the condition.
+        # Used by both threads, under the condition.
         self._wake = threading.Condition(threading.Lock())
         self._frames: list[_Frame] = []
         self._bytes = 0
@@ -51,15 +68,20 @@ class Writer:
         self._metadata: Mapping[str, str] | None = None
         self._closing = False
 
-        # The writer's thread alone uses these.
+        # Used by the writer's thread only.
         self._segment: Segment | None = None
         self._roll_at = inf
         self._number = 0
-        self._full: deque[tuple[int, int]] = deque()  # segments' numbers and rows
+        self._full: deque[tuple[int, int]] = deque()  # numbers and rows of full segments
         self._conversion: Iterator[Counts | None] | None = None
 
+    @property
+    def uncommitted_bytes(self) -> int:
+        """Bytes that were added and not reported as committed."""
+        return self._uncommitted
+
     def add(self, record: Record) -> None:
-        """Hands a record over; a few microseconds, never waits. Raises what the writer failed with."""
+        """Add a record. Takes microseconds and never waits. Raises the writer's failure."""
         if self._failure:
             raise self._failure
         if self._thread is None:
@@ -76,8 +98,8 @@ class Writer:
             if first or self._bytes >= COMMIT_BYTES:
                 self._wake.notify()
 
-    async def room(self) -> None:
-        """Returns once there is room for more records. Raises what the writer failed with."""
+    async def wait_for_capacity(self) -> None:
+        """Return once the backlog has room for more records. Raises the writer's failure."""
         while self._uncommitted > BACKLOG_BYTES and not self._failure:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -86,13 +108,13 @@ class Writer:
             raise self._failure
 
     def describe(self, metadata: Mapping[str, str]) -> None:
-        """Gives the parts' metadata. Before, records stay in segments; at the end they become parts either way."""
+        """Set the parts' metadata. Until then records stay in segments; `close` converts them in any case."""
         with self._wake:
             self._metadata = dict(metadata)
             self._wake.notify()
 
     async def close(self) -> None:
-        """Returns once all is committed and in parts. Raises what the writer failed with."""
+        """Return once all records are committed and in parts. Raises the writer's failure."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -103,58 +125,63 @@ class Writer:
 
     def _start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        # A daemon: a file system that hangs must not keep a process that was told to leave.
+        # A daemon: an unresponsive file system must not keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="batchvl-writer", daemon=True)
         self._thread.start()
 
     def _committed(self, counts: Counts, size: int) -> None:
         self._uncommitted -= size
-        self._let_in()
+        self._wake_waiters()
         if self._on_commit:
             self._on_commit(counts)
 
-    def _let_in(self) -> None:
+    def _wake_waiters(self) -> None:
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
-    # From here on: the writer's thread.
+    # The methods below run on the writer's thread.
 
     def _run(self) -> None:
         try:
-            while self._next():
+            while self._step():
                 pass
         except OSError as error:
-            self._failure = as_stopped_early(self._attempt.folder.path, error)
+            self._failure = as_stopped_early(self._attempt.directory.path, error)
             self._failure.__cause__ = error
         except BaseException as error:
             self._failure = error
         if self._failure:
             self._frames.clear()
             self._abandon()
-            self._tell(self._let_in)
+            self._call_in_loop(self._wake_waiters)
 
-    def _next(self) -> bool:
-        """Does what comes next; False once there is nothing left to do, ever."""
-        with self._wake:
-            while not (due := self._is_due()) and not self._can_convert() and not self._closing and not self._is_old():
-                until = min(self._due if self._frames else inf, self._roll_at)
-                self._wake.wait(None if until == inf else until - monotonic())
-            frames: list[_Frame] = []
-            if due:
-                frames, self._frames, self._bytes = self._frames, frames, 0
+    def _step(self) -> bool:
+        """Wait for work and do one round of it. Returns False once everything is written."""
+        frames = self._wait_for_work()
         if frames:
             self._commit(frames)
         if self._segment and self._is_old():
             self._roll(self._segment)
-        if self._can_convert():  # also after a commit: a disk that is always behind must not put parts off for good
-            self._convert()
+        if self._can_convert():  # also right after a commit: a slow disk must not postpone parts forever
+            self._convert_step()
         elif self._closing and not self._frames:
             if not self._segment:
                 return False
             self._roll(self._segment)
         return True
+
+    def _wait_for_work(self) -> list[_Frame]:
+        """Wait until there is something to do; take and return the frames if a commit is due."""
+        with self._wake:
+            while not (self._is_due() or self._can_convert() or self._closing or self._is_old()):
+                until = min(self._due if self._frames else inf, self._roll_at)
+                self._wake.wait(None if until == inf else until - monotonic())
+            if not self._is_due():
+                return []
+            frames, self._frames, self._bytes = self._frames, [], 0
+            return frames
 
     def _is_due(self) -> bool:
         return bool(self._frames) and (self._closing or self._bytes >= COMMIT_BYTES or monotonic() >= self._due)
@@ -166,39 +193,41 @@ class Writer:
         return self._conversion is not None or (bool(self._full) and (self._closing or self._metadata is not None))
 
     def _commit(self, frames: list[_Frame]) -> None:
+        """Append the frames to segments, and report each commit."""
         while frames:
             if self._segment is None:
                 self._number += 1
-                path = self._attempt.folder.journal((self._attempt.number, self._number))
+                path = self._attempt.directory.journal((self._attempt.number, self._number))
                 self._segment = Segment(path, self._attempt.number, self._attempt.retry, self._disk)
                 self._roll_at = monotonic() + self._part_seconds
-            fitting = self._part_rows - self._segment.rows
-            now, frames = frames[:fitting], frames[fitting:]
-            self._segment.append([data for data, _ in now])
-            failed = Counter(code for _, code in now if code is not None)
-            counts = Counts(len(now) - failed.total(), dict(failed))
-            self._tell(self._committed, counts, sum(len(data) for data, _ in now))
+            capacity = self._part_rows - self._segment.rows
+            fitting, frames = frames[:capacity], frames[capacity:]
+            self._segment.append([data for data, _ in fitting])
+            failed = Counter(code for _, code in fitting if code is not None)
+            counts = Counts(len(fitting) - failed.total(), dict(failed))
+            self._call_in_loop(self._committed, counts, sum(len(data) for data, _ in fitting))
             if self._segment.rows >= self._part_rows or self._segment.size >= PART_BYTES:
                 self._roll(self._segment)
 
     def _roll(self, segment: Segment) -> None:
+        """Close the segment; the next commit begins another one."""
         segment.close()
         self._segment, self._roll_at = None, inf
         self._full.append((self._number, segment.rows))
 
-    def _convert(self) -> None:
-        """A step of making a part: a few milliseconds, so that commits are never late by more."""
+    def _convert_step(self) -> None:
+        """Do one step of a conversion: a few milliseconds, by which a commit may be late."""
         number, rows = self._full[0]
         key = (self._attempt.number, number)
-        journal, part = self._attempt.folder.journal(key), self._attempt.folder.part(key)
+        journal, part = self._attempt.directory.journal(key), self._attempt.directory.part(key)
         if self._conversion is None:
-            found = Journal.read(journal)
-            self._conversion = parts.write(found, part, self._schema, self._metadata or {}, self._disk, rows)
+            segment = Journal.read(journal)
+            self._conversion = parts.write(segment, part, self._schema, self._metadata or {}, self._disk, rows)
         if next(self._conversion) is None:
             return
         self._conversion = None
         self._full.popleft()
-        self._attempt.folder.settle(key, self._disk)
+        self._attempt.directory.remove_journal(key, self._disk)
 
     def _abandon(self) -> None:
         self._conversion = None  # which removes its temporary file
@@ -206,10 +235,10 @@ class Writer:
             try:
                 self._segment.close()
             except OSError:
-                pass  # the failure that led here is the one to tell
+                pass  # the original failure is reported
 
-    def _tell(self, call: Callable[..., None], *values: object) -> None:
+    def _call_in_loop(self, call: Callable[..., None], *values: object) -> None:
         try:
             self._loop.call_soon_threadsafe(call, *values)
         except RuntimeError:
-            pass  # the loop is closed: nobody is left to tell
+            pass  # the loop is closed

@@ -14,13 +14,13 @@ from ..config.units import Shard
 from ..errors import OptionError, ResumeError
 from ..results import RetrySelection, RunFile
 from ..results.location import open_output
-from ..results.remote import Remote, answering
-from ..results.shard import ShardFolder
+from ..results.output import Storage
+from ..results.remote import stop_on_remote_error
 from .job import Job
 from .summary import Summary
 
 
-@answering()
+@stop_on_remote_error()
 def retry(
     out: str | os.PathLike[str],
     *,
@@ -43,43 +43,43 @@ def retry(
 
     Raises ResumeError where `out` is no output folder, and what `run` raises.
     """
-    folder, redo = open_output(out, options.get("work")), RetrySelection.of(codes, all=all)
-    guard = RunFile.read(folder)
+    storage, selection = open_output(out, options.get("work")), RetrySelection.of(codes, all=all)
+    run_file = storage.run_file()
     for name in options:
         if name in MEANING:
             raise OptionError(f"{flag(name)}: changes what an answer means: a retry has the run's")
         if name not in RETRY_OPTIONS:
             raise OptionError(f"{flag(name)}: is no option of a retry")
-    source, found = resolve_options(_manifest(guard, folder, manifest), config, options)
+    source, found = resolve_options(_manifest(run_file, storage, manifest), config, options)
     free = {name: value for name, value in found.flat().items() if name in RETRY_OPTIONS}
-    chosen = RunOptions.of(**free, **guard.options, output=os.fspath(out))
+    chosen = RunOptions.of(**free, **run_file.options, output=os.fspath(out))
     summaries: list[Summary] = []
-    for shard in _shards(folder, guard, found.manifest.shard):
-        if not any(map(len, redo.failed(ShardFolder.of(folder, shard).recover().tally()).values())):
+    for shard in _shards(storage, run_file, found.manifest.shard):
+        if not any(map(len, selection.failed(storage.shard(shard).recover().outcomes()).values())):
             continue
-        job = Job(source, replace(chosen, manifest=replace(chosen.manifest, shard=shard)), quiet=quiet, redo=redo)
+        job = Job(source, replace(chosen, manifest=replace(chosen.manifest, shard=shard)), quiet=quiet, retry=selection)
         summaries.append(job.run())
         if summaries[-1].exit_code not in (0, 3):
             break
     return summaries
 
 
-def _manifest(guard: RunFile, out: Path | Remote, named: str | os.PathLike[str] | None) -> str:
+def _manifest(run_file: RunFile, storage: Storage, named: str | os.PathLike[str] | None) -> str:
     """Where the manifest is: as named, where it was, or beside the output folder. Raises OptionError."""
     if named is not None:
         return os.fspath(named)
-    beside = [out.parent / Path(guard.manifest).name] if isinstance(out, Path) else []
-    for place in (Path(guard.manifest), *beside):
-        if place.exists() or any(place.parent.glob(place.name)):
-            return str(place)
-    raise OptionError(f"{out}: its manifest {guard.manifest} is not here: say where it is by --manifest")
+    sibling = storage.sibling(Path(run_file.manifest).name)
+    for path in (Path(run_file.manifest), *([sibling] if sibling else [])):
+        if path.exists() or any(path.parent.glob(path.name)):
+            return str(path)
+    raise OptionError(f"{storage}: its manifest {run_file.manifest} is not here: say where it is by --manifest")
 
 
-def _shards(out: Path | Remote, guard: RunFile, wanted: Shard) -> list[Shard]:
+def _shards(storage: Storage, run_file: RunFile, wanted: Shard) -> list[Shard]:
     """Those that have been begun, or the one that is wanted. Raises ResumeError where the run has no such shard."""
-    begun = [folder.shard for folder in ShardFolder.all(out, guard.shards)]
+    begun = [folder.shard for folder in storage.shards(run_file.shards)]
     if wanted == Shard():
         return begun
-    if wanted.count != guard.shards:
-        raise ResumeError(f"{out}: has {guard.shards} shards, and --shard {wanted} is none of them")
+    if wanted.count != run_file.shards:
+        raise ResumeError(f"{storage}: has {run_file.shards} shards, and --shard {wanted} is none of them")
     return [shard for shard in begun if shard == wanted]

@@ -1,4 +1,4 @@
-"""The file that pyarrow writes into."""
+"""The file object that pyarrow writes to."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ BUFFER_BYTES = 2**20
 
 
 class BufferedFile(io.RawIOBase):
-    """What pyarrow writes a file into, so that its writes go through `Disk` and fail with the system's own errors.
+    """A file object whose writes go through `Disk`, so that they fail with the system's own errors.
 
-    They are gathered, since a Parquet file is made of many small ones.
+    Writes are buffered, since a Parquet file consists of many small ones.
     """
 
     def __init__(self, disk: Disk, path: Path) -> None:
         self._disk = disk
         self._fd: int | None = disk.create(path)
         self._position = 0
-        self._held = bytearray()
+        self._buffer = bytearray()
 
     def writable(self) -> bool:
         return True
@@ -29,22 +29,22 @@ class BufferedFile(io.RawIOBase):
         return self._position
 
     def write(self, data: object) -> int:
-        size = len(self._held)
-        self._held += memoryview(data).cast("B")  # type: ignore[arg-type]
-        size = len(self._held) - size
+        size = len(self._buffer)
+        self._buffer += memoryview(data).cast("B")  # type: ignore[arg-type]
+        size = len(self._buffer) - size
         self._position += size
-        if len(self._held) >= BUFFER_BYTES:
-            self._put()
+        if len(self._buffer) >= BUFFER_BYTES:
+            self._write_buffer()
         return size
 
-    def _put(self) -> None:
-        held, self._held = self._held, bytearray()
-        if self._fd is not None and held:
-            self._disk.write(self._fd, held)
+    def _write_buffer(self) -> None:
+        data, self._buffer = self._buffer, bytearray()
+        if self._fd is not None and data:
+            self._disk.write(self._fd, data)
 
     def finish(self) -> None:
-        """Writes what is left and closes the file: all of it is on the disk on return."""
-        self._put()
+        """Write the rest and close the file: all of it is on the disk on return."""
+        self._write_buffer()
         fd, self._fd = self._fd, None
         if fd is not None:
             try:
@@ -53,15 +53,15 @@ class BufferedFile(io.RawIOBase):
                 self._disk.close(fd)
 
     def abandon(self) -> None:
-        """Closes the file as it is, unless it is finished.
+        """Close the file without writing the rest, unless it is finished. Later writes are ignored.
 
-        From then on writes go nowhere: a Parquet writer that was not closed still writes its footer when it is
-        collected, and the descriptor's number may be another file's by then.
+        A Parquet writer that was not closed still writes its footer when it is garbage-collected, and by then the
+        descriptor may belong to another file.
         """
-        self._held = bytearray()
+        self._buffer = bytearray()
         fd, self._fd = self._fd, None
         if fd is not None:
             try:
                 self._disk.close(fd)
             except OSError:
-                pass  # the failure that led here is the one to tell
+                pass  # the caller reports the original failure

@@ -1,4 +1,4 @@
-"""A folder for temporary files that does not outlive its use by much."""
+"""A directory for temporary files that is removed even after its process was killed."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ _LOCK = "lock"
 
 @contextmanager
 def scratch_directory(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in `parent`, named prefix and some letters, and removed with all that is in it at the end.
+    """Create a directory in `parent` whose name starts with `prefix`; remove it with its contents at the end.
 
-    What processes that were killed left behind under such names is removed at the start: the folder of a living process
-    is locked, on whichever host that is. Where the file system has no locks it stays. Raises OSError.
+    Directories with such names that killed processes have left behind are removed first. The directory of a living
+    process, on any host, is protected by a lock. On a file system without locks, leftovers remain. Raises OSError.
     """
-    for left in parent.glob(f"{prefix}*"):
-        if (lock := _locked(left)) is not None:
-            _remove(left, lock)
-    folder, lock = _make(parent, prefix)
+    for leftover in parent.glob(f"{prefix}*"):
+        if (lock := _lock_dead(leftover)) is not None:
+            _remove(leftover, lock)
+    directory, lock = _make(parent, prefix)
     try:
-        yield folder
+        yield directory
     finally:
-        _remove(folder, lock)
+        _remove(directory, lock)
 
 
 def _make(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in UNSUPPORTED:
-                return folder, lock
+                return directory, lock
             os.close(lock)
             if not isinstance(error, BlockingIOError):
                 raise
-            continue  # somebody took it for a dead one's, in the moment before it was locked
+            continue  # another process took it for a leftover before it was locked
         if os.fstat(lock).st_nlink:
-            return folder, lock
+            return directory, lock
         os.close(lock)
 
 
-def _locked(folder: Path) -> int | None:
-    """The lock on the folder of a dead process; None where it may be a living one's."""
+def _lock_dead(directory: Path) -> int | None:
+    """Lock the directory of a dead process; return None if the process may be alive."""
     try:
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -64,10 +64,10 @@ def _locked(folder: Path) -> int | None:
     return lock
 
 
-def _remove(folder: Path, lock: int) -> None:
+def _remove(directory: Path, lock: int) -> None:
     with suppress(OSError):
-        for path in folder.iterdir():
-            if path.name != _LOCK:  # which tells the next one, should this one die over it
+        for path in directory.iterdir():
+            if path.name != _LOCK:  # which marks a leftover, should this process die here
                 path.unlink()
-    os.close(lock)  # network file systems keep what is open
-    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)  # network file systems keep open files
+    shutil.rmtree(directory, ignore_errors=True)

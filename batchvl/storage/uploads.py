@@ -1,4 +1,4 @@
-"""What is on its way to an object store, while the run goes on."""
+"""Uploads to an object store while the run continues."""
 
 from __future__ import annotations
 
@@ -13,97 +13,112 @@ import tenacity
 from ..errors import StoppedEarly
 from .object_store import RemoteError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-PATIENCE = 600.0
-"""For how many seconds what fails is tried again before the run stops."""
+RETRY_SECONDS = 600.0
+"""For how long a failed upload is retried before the run stops."""
 
 
 class Uploads:
-    """Uploads in order, in a thread of its own, each tried again while the store cannot be reached or refuses.
+    """A queue of uploads, done in order by one thread. Each is retried while the store rejects it or is unreachable.
 
-    Commits to the journal wait for none of them: what cannot be uploaded stays on the local disk.
+    Commits to the journal never wait for an upload: what cannot be uploaded stays on the local disk.
     """
 
-    def __init__(self, work: Path, patience: float) -> None:
-        """work: where what was not uploaded lies meanwhile, for people."""
-        self._work, self._patience = work, patience
+    def __init__(self, work: Path, retry_seconds: float) -> None:
+        """Start no thread yet.
+
+        Args:
+            work: The directory that holds pending files, for messages.
+            retry_seconds: For how long a failed upload is retried.
+        """
+        self._work, self._retry_seconds = work, retry_seconds
         self._changed = threading.Condition()
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._pending: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._given_up = threading.Event()
+        self._cancelled = threading.Event()
 
     def submit(self, upload: Callable[[], None]) -> None:
-        """Takes an upload; does not wait. It may be done again after a failure. Raises what an earlier one failed with.
+        """Add an upload without waiting for it.
 
-        That is StoppedEarly where the store did not take it for so long, and whatever else `upload` raises.
+        Args:
+            upload: Called again after a RemoteError.
+
+        Raises:
+            StoppedEarly: an earlier upload has failed for too long.
+            BaseException: any other error of an earlier upload.
         """
         with self._changed:
             if self._failure:
                 raise self._failure
-            self._waiting.append(upload)
+            self._pending.append(upload)
             if self._thread is None:
-                # A daemon: a network that hangs must not keep a process that was told to leave.
+                # A daemon: an unresponsive network must not keep the process from exiting.
                 self._thread = threading.Thread(target=self._run, name="batchvl-uploads", daemon=True)
                 self._thread.start()
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is on its way."""
+        """Whether no upload is pending."""
         return self._thread is None
 
     def wait(self) -> None:
-        """Returns once all is uploaded. Raises what one failed with."""
+        """Return once all uploads are done. Raises what `submit` raises."""
         with self._changed:
             self._changed.wait_for(lambda: self._thread is None)
             if self._failure:
                 raise self._failure
 
     def give_up(self) -> None:
-        """Leaves what is not uploaded where it is; returns when the one that is under way has ended."""
-        self._given_up.set()
+        """Cancel pending uploads and wait for the active one to end."""
+        self._cancelled.set()
         with self._changed:
-            self._waiting.clear()
+            self._pending.clear()
             self._changed.wait_for(lambda: self._thread is None, timeout=10)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                if self._failure or not self._waiting:
-                    self._waiting.clear()
+                if self._failure or not self._pending:
+                    self._pending.clear()
                     self._thread = None
                     self._changed.notify_all()
                     return
-                upload = self._waiting[0]
+                upload = self._pending[0]
             try:
-                self._attempts()(upload)
+                self._retrying()(upload)
             except RemoteError as error:
                 self._failure = StoppedEarly(
-                    f"{error.filename}: cannot be written: {error.strerror}. All that was reported as done is kept in "
-                    f"{self._work}: see to the network and the permissions, and run the same command again on this "
-                    f"machine to go on"
+                    f"{error.filename}: cannot be written: {error.strerror}. All rows reported as done are safe in "
+                    f"{self._work}. Check the network and the permissions, then run the same command again on this "
+                    f"machine to resume"
                 )
                 self._failure.__cause__ = error
             except BaseException as error:
                 self._failure = error
             else:
                 with self._changed:
-                    if self._waiting:
-                        self._waiting.popleft()
+                    if self._pending:
+                        self._pending.popleft()
 
-    def _attempts(self) -> tenacity.Retrying:
+    def _retrying(self) -> tenacity.Retrying:
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(RemoteError),
-            stop=tenacity.stop_after_delay(self._patience) | tenacity.stop_when_event_set(self._given_up),
-            wait=tenacity.wait_random_exponential(1, 30), sleep=tenacity.sleep_using_event(self._given_up),
-            before_sleep=self._warn, reraise=True,
-        )  # fmt: skip
+            stop=tenacity.stop_after_delay(self._retry_seconds) | tenacity.stop_when_event_set(self._cancelled),
+            wait=tenacity.wait_random_exponential(1, 30),
+            sleep=tenacity.sleep_using_event(self._cancelled),
+            before_sleep=self._warn,
+            reraise=True,
+        )
 
     def _warn(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if state.attempt_number == 1 and isinstance(error, RemoteError):
-            log.warning(
-                "%s: cannot be written: %s. Trying again for %.0f minutes; until then answers are kept in %s",
-                error.filename, error.strerror, self._patience / 60, self._work,
-            )  # fmt: skip
+            logger.warning(
+                "%s: cannot be written: %s. Retrying for %.0f minutes; until then results are kept in %s",
+                error.filename,
+                error.strerror,
+                self._retry_seconds / 60,
+                self._work,
+            )

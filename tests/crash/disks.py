@@ -64,8 +64,8 @@ class Seam(Disk):
     def remove(self, path: Path) -> None:
         self._count("remove", lambda: super(Seam, self).remove(path))
 
-    def sync_folder(self, path: Path) -> None:
-        self._count("sync_folder", lambda: None)
+    def sync_directory(self, path: Path) -> None:
+        self._count("sync_directory", lambda: None)
 
 
 class Killing(Seam):

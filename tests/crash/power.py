@@ -126,9 +126,9 @@ class Recorder(Seam):
         super().sync(fd)
         Disk.sync(self, fd)
 
-    def sync_folder(self, path: Path) -> None:
-        super().sync_folder(path)
-        Disk.sync_folder(self, path)
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        Disk.sync_directory(self, path)
 
     def take(self) -> Moment:
         """The moment that is now."""

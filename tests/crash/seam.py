@@ -68,7 +68,7 @@ def attempt(out: Path, disk: Disk, told: Callable[[Iterable[int]], None]) -> Non
                     pending.append(row)
                     output.add(sample(row))
                 while not committed.is_set():
-                    await output.room()  # which tells of a failure
+                    await output.wait_for_capacity()  # which tells of a failure
                     await asyncio.sleep(0)
         except BaseException:
             with suppress(StoppedEarly):

@@ -34,7 +34,7 @@ def test_the_second_on_the_same_host_is_refused_and_does_no_harm(tmp_path: Path)
         second = Life(work.command(out), tmp_path / "second")
         assert second.wait() == 2, second.said
         first.process.send_signal(signal.SIGCONT)
-        assert "another runner is at work here" in second.said
+        assert "in use by another runner" in second.said
         assert f"process {first.process.pid}" in second.said
         assert first.wait() == 0, first.said
         first.wait_for_the_last()

@@ -71,8 +71,8 @@ def test_the_model_sees_what_is_not_synced(tmp_path: Path) -> None:
             Seam.sync(self, fd)
 
     class ForgetfulOfNames(Recorder):
-        def sync_folder(self, path: Path) -> None:
-            Seam.sync_folder(self, path)
+        def sync_directory(self, path: Path) -> None:
+            Seam.sync_directory(self, path)
 
     for kind in (Forgetful, ForgetfulOfNames):
         last = moments(tmp_path, kind=kind)[-1]

@@ -7,7 +7,8 @@ from typing import Any
 
 from batchvl.config.options import OutputOptions
 from batchvl.results import Record, ResultStore, RunFile
-from batchvl.results.shard import ShardFolder
+from batchvl.results.location import open_output
+from batchvl.results.shard import ShardDirectory
 from batchvl.types import Failure, Image
 
 GUARD = RunFile("f00d", {"model": "shapes"}, manifest="m.parquet")
@@ -47,15 +48,15 @@ async def fill(
     try:
         output.describe({"engine": "fake"} if metadata is None else metadata)
         for record in records:
-            await output.room()
+            await output.wait_for_capacity()
             output.add(record)
     finally:
         await output.close(complete)
     return output
 
 
-def only_folder(out: Path) -> ShardFolder:
-    [folder] = ShardFolder.all(out)
+def only_folder(out: Path) -> ShardDirectory:
+    [folder] = open_output(out).shards()
     return folder
 
 

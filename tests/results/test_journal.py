@@ -34,7 +34,7 @@ def test_what_was_written_comes_back(path: Path) -> None:
     entries = list(journal.entries())
     assert [decode(entry.payload) for entry in entries] == RECORDS
     assert [(e.row, e.failed, e.code) for e in entries] == [(3, False, ""), (1, True, "missing_file"), (2, False, "")]
-    assert list(journal.tally().failed["missing_file"]) == [1]
+    assert list(journal.outcomes().failed["missing_file"]) == [1]
 
 
 def test_a_tail_torn_at_any_byte(path: Path) -> None:
@@ -54,9 +54,9 @@ def test_a_tail_takes_each_record_once_however_it_comes(path: Path) -> None:
         with path.open("ab") as file:
             file.write(data[end - 1 : end] if end else b"")
         tail.follow()
-        assert tail.tally.rows() == Journal.read(path).tally().rows(), end
+        assert tail.outcomes.rows() == Journal.read(path).outcomes().rows(), end
     assert (tail.attempt, tail.retry) == (7, 2)
-    assert (list(tail.tally.ok), list(tail.tally.failed["missing_file"])) == ([2, 3], [1])
+    assert (list(tail.outcomes.ok), list(tail.outcomes.failed["missing_file"])) == ([2, 3], [1])
     path.unlink()
     with pytest.raises(FileNotFoundError):
         tail.follow()
@@ -86,10 +86,10 @@ def test_a_header_that_was_never_written(path: Path) -> None:
 def test_a_later_format_and_other_files_are_refused(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:8] + b"\x02\0\0\0" + data[12:])
-    with pytest.raises(ResumeError, match="has format 2; this batchvl reads up to 1"):
+    with pytest.raises(ResumeError, match="has format 2; this version reads up to format 1"):
         Journal.read(path)
     path.write_bytes(b"something else " * 10)
-    with pytest.raises(ResumeError, match="is no journal"):
+    with pytest.raises(ResumeError, match="not a batchvl journal"):
         Journal.read(path)
 
 

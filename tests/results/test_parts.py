@@ -28,7 +28,7 @@ def make(tmp_path: Path, records: list[Record], expected: int | None = None) -> 
     path = tmp_path / "part.parquet"
     *_, counts = parts.write(journal_of(tmp_path, records), path, SCHEMA, {"engine": "fake"}, Disk(), expected)
     part = Part.read(path)
-    assert part.tally().counts() == counts
+    assert part.outcomes().counts() == counts
     return part
 
 
@@ -40,8 +40,8 @@ def test_a_part_is_sorted_and_its_footer_tells_all(tmp_path: Path) -> None:
     assert table.schema.equals(SCHEMA)
     assert table.slice(1, 1).to_pylist()[0]["response"] == sample(1).response
     assert (part.attempt, part.retry, part.metadata) == (4, 1, {"engine": "fake"})
-    assert part.tally().counts() == Counts(4002, {"missing_file": 1001})
-    assert list(part.tally().rows()) == sorted(rows)
+    assert part.outcomes().counts() == Counts(4002, {"missing_file": 1001})
+    assert list(part.outcomes().rows()) == sorted(rows)
     assert [(group.low, group.high) for group in part.groups] == [(0, 1999), (2000, 3999), (4000, 5002)]
     assert [path.name for path in tmp_path.iterdir()] == ["part.parquet"]
 
@@ -53,7 +53,7 @@ def test_row_groups_are_bounded_in_bytes(tmp_path: Path) -> None:
 
 def test_only_the_row_groups_wanted_are_read(tmp_path: Path) -> None:
     part = make(tmp_path, [sample(row) for row in range(5000)])
-    assert part.table(1998, 2002, SCHEMA)["row"].to_pylist() == [1998, 1999, 2000, 2001]
+    assert part.read_table(1998, 2002, SCHEMA)["row"].to_pylist() == [1998, 1999, 2000, 2001]
 
 
 def test_a_row_written_twice_is_there_once(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
     data = part.path.read_bytes()
     part.path.write_bytes(data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
     with pytest.raises(BatchvlError, match=r"part.parquet: damaged .*move it"):
-        part.table(0, 100, SCHEMA)
+        part.read_table(0, 100, SCHEMA)
     part.path.write_bytes(data[:-100])
     with pytest.raises(ResumeError, match=r"part.parquet: damaged .*move it"):
         Part.read(part.path)

@@ -9,6 +9,7 @@ import pytest
 from batchvl.config.options import RunOptions
 from batchvl.errors import OptionError, ResumeError
 from batchvl.results import RunFile
+from batchvl.results.output import LocalStorage
 from batchvl.storage.disk import Disk
 
 GUARD = RunFile(
@@ -19,20 +20,21 @@ GUARD = RunFile(
 
 def test_the_first_attempt_writes_it_and_the_next_finds_it(tmp_path: Path) -> None:
     out = tmp_path / "a" / "out"
-    GUARD.claim(out, Disk())
-    assert RunFile.read(out) == GUARD
+    LocalStorage(out).create_or_verify(GUARD, Disk())
+    assert LocalStorage(out).run_file() == GUARD
     assert [path.name for path in out.iterdir()] == ["run.json"]
-    replace(GUARD, total=50, manifest="elsewhere/m.parquet").claim(out, Disk())  # names and --limit may change
-    assert RunFile.read(out) == GUARD
+    renamed = replace(GUARD, total=50, manifest="elsewhere/m.parquet")  # the name and --limit may change
+    LocalStorage(out).create_or_verify(renamed, Disk())
+    assert LocalStorage(out).run_file() == GUARD
     assert json.loads((out / "run.json").read_bytes())["kept"] == {"site": "list<item: timestamp[us, tz=UTC]>"}
 
 
 def test_everything_that_differs_is_named(tmp_path: Path) -> None:
-    GUARD.claim(tmp_path, Disk())
+    LocalStorage(tmp_path).create_or_verify(GUARD, Disk())
     options = RunOptions.of(model="other", keep=["site"], temperature=0.5, prompt="hi").meaning()
     other = RunFile("beef" * 8, options, shards=8, kept=pa.schema([("site", pa.string())]), manifest="n.parquet")
     with pytest.raises(ResumeError) as caught:
-        other.claim(tmp_path, Disk())
+        LocalStorage(tmp_path).create_or_verify(other, Disk())
     assert str(caught.value).split("\n") == [
         f"{tmp_path}: belongs to a run with other settings:",
         "  the manifest's contents: m.parquet f00df00df00d there, n.parquet beefbeefbeef here",
@@ -42,16 +44,16 @@ def test_everything_that_differs_is_named(tmp_path: Path) -> None:
         "  --temperature: 0.0 there, 0.5 here",
         "  type of the ids: int64 there, no ids here",
         '  types of the kept columns: {"site":"list<item: timestamp[us, tz=UTC]>"} there, {"site":"string"} here',
-        "To go on with that run, give its settings; for a new run, choose another output folder with -o",
+        "To resume that run, use its settings; to start a new run, choose another output directory with -o",
     ]
 
 
 def test_an_option_that_an_older_version_did_not_have_has_its_default(tmp_path: Path) -> None:
     older = {name: value for name, value in GUARD.options.items() if name != "top_p"}
-    replace(GUARD, options=older).claim(tmp_path, Disk())
-    GUARD.claim(tmp_path, Disk())
+    LocalStorage(tmp_path).create_or_verify(replace(GUARD, options=older), Disk())
+    LocalStorage(tmp_path).create_or_verify(GUARD, Disk())
     with pytest.raises(ResumeError, match=r"--top-p: 1\.0 there, 0\.5 here"):
-        replace(GUARD, options=GUARD.options | {"top_p": 0.5}).claim(tmp_path, Disk())
+        LocalStorage(tmp_path).create_or_verify(replace(GUARD, options=GUARD.options | {"top_p": 0.5}), Disk())
 
 
 def test_of_many_first_attempts_one_wins_and_the_others_compare(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_of_many_first_attempts_one_wins_and_the_others_compare(tmp_path: Path) 
 
     def claim(number: int) -> None:
         try:
-            replace(GUARD, fingerprint=str(number)).claim(tmp_path, Disk())
+            LocalStorage(tmp_path).create_or_verify(replace(GUARD, fingerprint=str(number)), Disk())
             ends.append(str(number))
         except ResumeError:
             pass
@@ -69,7 +71,7 @@ def test_of_many_first_attempts_one_wins_and_the_others_compare(tmp_path: Path) 
         thread.start()
     for thread in threads:
         thread.join()
-    assert ends == [RunFile.read(tmp_path).fingerprint]
+    assert ends == [LocalStorage(tmp_path).run_file().fingerprint]
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -78,33 +80,33 @@ def test_without_hard_links_it_is_still_exclusive(tmp_path: Path) -> None:
         def link(self, source: Path, target: Path) -> None:
             raise PermissionError(1, "Operation not permitted")
 
-    GUARD.claim(tmp_path, Fuse())
+    LocalStorage(tmp_path).create_or_verify(GUARD, Fuse())
     with pytest.raises(FileExistsError):
         Fuse().put_new(tmp_path / "run.json", b"")
-    assert RunFile.read(tmp_path) == GUARD
+    assert LocalStorage(tmp_path).run_file() == GUARD
 
 
 def test_a_later_format_and_damage_are_told(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"format": 2, "something": "new"}')
-    with pytest.raises(ResumeError, match="has format 2; this batchvl reads up to 1"):
-        GUARD.claim(tmp_path, Disk())
+    with pytest.raises(ResumeError, match="has format 2; this version reads up to format 1"):
+        LocalStorage(tmp_path).create_or_verify(GUARD, Disk())
     (tmp_path / "run.json").write_text("{]")
     with pytest.raises(ResumeError, match=r"run.json: damaged"):
-        GUARD.claim(tmp_path, Disk())
+        LocalStorage(tmp_path).create_or_verify(GUARD, Disk())
 
 
 def test_one_that_its_writer_died_over_is_made_again_as_long_as_nothing_was_run(tmp_path: Path) -> None:
     """Where there are no hard links it is not written whole or not at all."""
-    GUARD.claim(tmp_path, Disk())
+    LocalStorage(tmp_path).create_or_verify(GUARD, Disk())
     whole = (tmp_path / "run.json").read_bytes()
     for torn in (whole[:0], whole[:7], whole[: len(whole) // 2], whole[:40] + bytes(100), bytes(len(whole))):
         (tmp_path / "run.json").write_bytes(torn)
-        replace(GUARD, fingerprint="another").claim(tmp_path, Disk())
-        assert RunFile.read(tmp_path).fingerprint == "another"
+        LocalStorage(tmp_path).create_or_verify(replace(GUARD, fingerprint="another"), Disk())
+        assert LocalStorage(tmp_path).run_file().fingerprint == "another"
     (tmp_path / "run.json").write_bytes(whole[:50])
     (tmp_path / "shard-00000-of-00001").mkdir()
     with pytest.raises(ResumeError, match=r"run.json: damaged"):
-        GUARD.claim(tmp_path, Disk())
+        LocalStorage(tmp_path).create_or_verify(GUARD, Disk())
 
 
 def test_a_kept_column_named_like_an_output_column() -> None:

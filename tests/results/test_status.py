@@ -22,7 +22,7 @@ from batchvl.errors import ResumeError
 from batchvl.results import Record, ResultStore, watch
 from batchvl.results.lock import Holder
 from batchvl.results.poller import ShardPoller
-from batchvl.results.shard import Key, ShardFolder
+from batchvl.results.shard import SegmentKey, ShardDirectory
 from batchvl.results.status import QUIET_SECONDS, ShardStatus, Status
 from batchvl.results.watch import STALE_SECONDS
 
@@ -78,7 +78,7 @@ async def test_all_shards_together_and_each(tmp_path: Path) -> None:
 
 async def test_a_row_is_counted_once_for_the_result_that_wins(tmp_path: Path) -> None:
     first = ResultStore.open(tmp_path, GUARD)
-    (first.folder / "lock").unlink()
+    (first.directory / "lock").unlink()
     second = ResultStore.open(tmp_path, GUARD)  # two attempts that do not see each other
     for row in range(10):
         first.add(failed(row, "row_timeout"))
@@ -104,8 +104,8 @@ async def test_rate_and_time_left_are_of_what_runs_since_its_engine_was_up(tmp_p
     output.add(sample(4))
     output.add(sample(5))
     await until(lambda: batchvl.status(tmp_path).rows == 6)
-    attempt = output.folder / "attempt-0002.json"
-    last = (output.folder / "journal-0002-000001.log").stat().st_mtime
+    attempt = output.directory / "attempt-0002.json"
+    last = (output.directory / "journal-0002-000001.log").stat().st_mtime
     attempt.write_text(json.dumps(json.loads(attempt.read_text()) | {"up": last - 8}))
     os.utime(attempt, (last, last))
     found = batchvl.status(tmp_path)
@@ -119,7 +119,7 @@ async def test_rate_and_time_left_are_of_what_runs_since_its_engine_was_up(tmp_p
 async def test_a_total_that_is_an_estimate_makes_nothing_complete(tmp_path: Path) -> None:
     output = ResultStore.open(tmp_path, GUARD, options=options())
     assert batchvl.status(tmp_path).expected is None
-    output.beat(3)
+    output.heartbeat(3)
     for row in range(3):
         output.add(sample(row))
     await until(lambda: batchvl.status(tmp_path).rows == 3)
@@ -135,7 +135,7 @@ async def test_a_runner_elsewhere_is_judged_by_its_signs_of_life(tmp_path: Path)
     output = ResultStore.open(tmp_path, GUARD, options=options())
     output.add(sample(0))
     await until(lambda: batchvl.status(tmp_path).rows == 1)
-    folder = output.folder
+    folder = output.directory
     change_holder(folder / "lock", host="node7", start="another-boot pid:[1] 5")
     found = batchvl.status(tmp_path).shards[0]
     assert (found.state, found.host, found.pid) == ("running", "node7", os.getpid())
@@ -143,7 +143,7 @@ async def test_a_runner_elsewhere_is_judged_by_its_signs_of_life(tmp_path: Path)
     found = batchvl.status(tmp_path)
     assert (states(found), found.stale) == (["stale"], [0])
     assert STALE_SECONDS <= (found.last_sign_seconds or 0) < STALE_SECONDS + 30
-    output.beat(None)
+    output.heartbeat(None)
     assert states(batchvl.status(tmp_path)) == ["running"]
     await output.close()
     assert states(batchvl.status(tmp_path)) == ["stopped"]
@@ -153,21 +153,21 @@ async def test_a_runner_that_lives_here_is_running_however_quiet(tmp_path: Path)
     output = ResultStore.open(tmp_path, GUARD, options=options())
     output.add(sample(0))
     await until(lambda: batchvl.status(tmp_path).rows == 1)
-    aged(output.folder, QUIET_SECONDS + 3600)
+    aged(output.directory, QUIET_SECONDS + 3600)
     found = batchvl.status(tmp_path)
     assert states(found) == ["running"]
     assert "no row for 65 min" in str(found)
-    change_holder(output.folder / "lock", start=Holder.me().start + "0")
+    change_holder(output.directory / "lock", start=Holder.me().start + "0")
     assert states(batchvl.status(tmp_path)) == ["stale"], "the number is another process's by now"
     await output.close()
 
 
 def test_a_beat_after_the_release_writes_nothing(tmp_path: Path) -> None:
     output = ResultStore.open(tmp_path, GUARD)
-    lock = output.folder / "lock"
+    lock = output.directory / "lock"
     assert lock.stat().st_size
     asyncio.run(output.close())
-    output.beat(5)
+    output.heartbeat(5)
     assert lock.stat().st_size == 0
 
 
@@ -207,12 +207,12 @@ async def test_a_retry_is_at_work_though_all_rows_are_done(tmp_path: Path) -> No
     guard = replace(GUARD, total=2)
     await fill(tmp_path, [sample(0), failed(1)], guard, complete=True)
     assert batchvl.status(tmp_path).complete
-    output = ResultStore.open(tmp_path, guard, redo=RetrySelection.of(all=True), options=options())
+    output = ResultStore.open(tmp_path, guard, retry=RetrySelection.of(all=True), options=options())
     found = batchvl.status(tmp_path).shards[0]
     assert (found.state, found.retry, found.rows, found.eta_seconds) == ("running", 1, 2, None)
     await output.close()
     assert states(batchvl.status(tmp_path)) == ["stopped"]
-    await fill(tmp_path, [sample(1)], guard, redo=RetrySelection.of(all=True), complete=True)
+    await fill(tmp_path, [sample(1)], guard, retry=RetrySelection.of(all=True), complete=True)
     found = batchvl.status(tmp_path)
     assert (found.complete, found.ok, found.failures) == (True, 2, {})
 
@@ -227,7 +227,7 @@ async def test_only_what_is_new_is_read(tmp_path: Path) -> None:
         output.add(sample(row) if row % 5 else failed(row))
         await until(lambda row=row: counted.append(next(watching).rows) or counted[-1] > row)
     assert counted == sorted(counted)
-    part = output.folder / "part-0001-000001.parquet"
+    part = output.directory / "part-0001-000001.parquet"
     await until(part.exists)
     found = next(watching)
     part.write_bytes(b"PAR1 no more")
@@ -241,7 +241,7 @@ async def test_only_what_is_new_is_read(tmp_path: Path) -> None:
 
 async def test_a_damaged_file_is_told_and_the_others_count(tmp_path: Path) -> None:
     output = await fill(tmp_path, [sample(row) for row in range(30)], part_rows=10)
-    part = output.folder / "part-0001-000002.parquet"
+    part = output.directory / "part-0001-000002.parquet"
     whole = part.read_bytes()
     part.write_bytes(whole[:100])
     watching = watch(tmp_path, 0)
@@ -257,17 +257,17 @@ async def test_a_damaged_file_is_told_and_the_others_count(tmp_path: Path) -> No
 
 
 @dataclass(frozen=True)
-class Late(ShardFolder):
+class Late(ShardDirectory):
     """Has been listed before its journals became parts."""
 
-    def keys(self) -> tuple[set[Key], set[Key]]:
+    def keys(self) -> tuple[set[SegmentKey], set[SegmentKey]]:
         return {(1, number) for number in (1, 2, 3)}, set()
 
 
 async def test_a_journal_that_becomes_a_part_between_listing_and_reading(tmp_path: Path) -> None:
     output = await fill(tmp_path, [sample(row) for row in range(30)], part_rows=10)
-    tracker = ShardPoller(Late(output.folder, Shard()))
-    tracker.look()
+    tracker = ShardPoller(Late(output.directory, Shard()))
+    tracker.poll()
     assert (tracker.counts.ok, tracker.problem) == (30, "")
 
 
@@ -278,7 +278,7 @@ async def test_a_run_that_withdraws_while_it_is_watched(tmp_path: Path) -> None:
     watching = watch(tmp_path, 0)
     assert states(next(watching)) == ["complete", "running"]
     await output.close()
-    output.withdraw(logs=False)
+    output.roll_back(logs=False)
     assert states(next(watching)) == ["complete", "waiting"]
 
 
@@ -332,7 +332,7 @@ async def test_on_a_file_system_that_cannot_be_written(read_only: tuple[Path, Pa
 
 def test_no_output_folder(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ResumeError, match=r"is no output folder of batchvl: it has no run\.json"):
+        with pytest.raises(ResumeError, match=r"not a batchvl output: no run\.json found"):
             batchvl.status(place)
     asyncio.run(fill(tmp_path, [sample(0)]))
     run = tmp_path / "run.json"
@@ -341,7 +341,7 @@ def test_no_output_folder(tmp_path: Path) -> None:
         batchvl.status(tmp_path)
     run.unlink()
     watching = watch(shutil.copytree(only_folder(tmp_path).path, tmp_path / "x" / "shard-00000-of-00001").parent)
-    with pytest.raises(ResumeError, match="no output folder"):
+    with pytest.raises(ResumeError, match="not a batchvl output"):
         next(watching)
 
 
@@ -424,7 +424,7 @@ async def shard(out, index, count, rows):
     await asyncio.sleep(0.5)
     output.describe({"engine": "fake"})
     for row in Shard(index, count).rows(count * rows):
-        await output.room()
+        await output.wait_for_capacity()
         output.add(sample(row) if row % 10 else failed(row))
         await asyncio.sleep(0.05)
     await output.close(complete=True)

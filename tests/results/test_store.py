@@ -46,11 +46,11 @@ async def test_a_run_and_what_the_next_one_finds(tmp_path: Path) -> None:
 
 async def test_parts_have_the_runs_metadata(tmp_path: Path) -> None:
     output = await fill(tmp_path, [sample(0)], metadata={"engine": '{"engine":"fake"}', "version": "1.2"})
-    found = pq.read_metadata(output.folder / "part-0001-000001.parquet").metadata
+    found = pq.read_metadata(output.directory / "part-0001-000001.parquet").metadata
     assert found[b"batchvl.engine"] == b'{"engine":"fake"}'
     assert found[b"batchvl.fingerprint"] == b"f00d"
     assert json.loads(found[b"batchvl.options"]) == {"model": "shapes"}
-    attempt = json.loads((output.folder / "attempt-0001.json").read_bytes())
+    attempt = json.loads((output.directory / "attempt-0001.json").read_bytes())
     assert (attempt["pid"], attempt["metadata"]["version"], attempt["retry"]) == (os.getpid(), "1.2", 0)
 
 
@@ -89,7 +89,7 @@ async def test_no_part_before_the_run_has_described_itself(tmp_path: Path) -> No
         await asyncio.sleep(0.005)
     assert "journal-0001-000004.log" in names(tmp_path)
     await output.close()
-    assert pq.read_metadata(output.folder / "part-0001-000001.parquet").metadata[b"batchvl.engine"] == b"fake"
+    assert pq.read_metadata(output.directory / "part-0001-000001.parquet").metadata[b"batchvl.engine"] == b"fake"
 
 
 async def test_a_run_that_ends_undescribed_keeps_its_rows(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ async def test_whoever_is_too_fast_waits(tmp_path: Path, monkeypatch: pytest.Mon
     most = 0
     output = ResultStore.open(tmp_path, GUARD, options=options())
     for row in range(300):
-        await output.room()
+        await output.wait_for_capacity()
         output.add(sample(row, response="x" * 10_000))
         most = max(most, output._writer._uncommitted)
     await output.close()
@@ -142,13 +142,13 @@ def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(tmp_path: Path) 
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
-        told = rf"another runner is at work here \(host .*, process {process.pid}, since"
+        told = rf"in use by another runner \(host .*, process {process.pid}, since"
         with pytest.raises(ResumeError, match=told):
             ResultStore.open(tmp_path, GUARD)
         process.kill()
     output = ResultStore.open(tmp_path, GUARD)
     assert output.attempt == 2
-    with pytest.raises(ResumeError, match="at work here"):
+    with pytest.raises(ResumeError, match="in use by another runner"):
         ResultStore.open(tmp_path, GUARD)
     asyncio.run(output.close())
     asyncio.run(ResultStore.open(tmp_path, GUARD).close())
@@ -183,7 +183,7 @@ async def test_a_part_and_its_journal_are_not_counted_twice(tmp_path: Path) -> N
 async def test_attempts_that_do_not_see_each_other(tmp_path: Path) -> None:
     """Two hosts on a file system without locks: all files are of different names, and each row is there once."""
     first = ResultStore.open(tmp_path, GUARD)
-    (first.folder / "lock").unlink()
+    (first.directory / "lock").unlink()
     second = ResultStore.open(tmp_path, GUARD)
     assert (first.attempt, second.attempt) == (1, 2)
     for row in range(10):
@@ -219,7 +219,7 @@ async def test_an_error_of_our_own_is_not_hidden(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     disk = Disk()
-    disk.sync_folder = broken.__get__(disk)  # type: ignore[method-assign]
+    disk.sync_directory = broken.__get__(disk)  # type: ignore[method-assign]
     output = ResultStore.open(tmp_path, GUARD)
     output._writer._disk = disk
     output.add(sample(0))

@@ -1,4 +1,4 @@
-"""The formats of a merged file: Parquet and JSON Lines, written table by table, whole or not at all."""
+"""Writers of merged files: Parquet and JSON Lines, written table by table, whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ from ...storage.disk import Disk
 from ..parts import DICTIONARY
 
 GROUP_ROWS, GROUP_BYTES = 16_384, 8 * 2**20
-"""A row group of a merged file has about as many rows, or bytes in memory: readers take one at a time, and each costs
+"""Approximate rows, or bytes in memory, of a row group in a merged file: readers load one at a time, and each costs
 some kilobytes of footer."""
 _SLICE_ROWS, _SLICE_BYTES = 1000, 2**20
 
 
 class TableFile:
-    """A file that tables are appended to. It appears under its name at the end of the `with` block, or not at all.
+    """A file that tables are appended to. It appears under its name at the end of the `with` block, or not at all."""
 
-    temporary: where it is written, on the same file system.
-    """
+    def __init__(self, path: Path, temporary: Path, schema: pa.Schema, metadata: Mapping[str, str], disk: Disk) -> None:
+        """Create no file yet.
 
-    def __init__(
-        self, path: Path, temporary: Path, schema: pa.Schema, metadata: Mapping[str, str], disk: Disk
-    ) -> None:  # fmt: skip
+        Args:
+            path: The finished file.
+            temporary: Where it is written, on the same file system.
+            schema: The tables' schema.
+            metadata: For the footer of a Parquet file.
+            disk: Writes the file.
+        """
         self._path, self._temporary, self._schema, self._metadata, self._disk = path, temporary, schema, metadata, disk
 
     def __enter__(self) -> Self:
-        self._sink = BufferedFile(self._disk, self._temporary)
+        self._file = BufferedFile(self._disk, self._temporary)
         try:
             self._open()
         except BaseException as error:
@@ -48,15 +52,15 @@ class TableFile:
         try:
             if error is None:
                 self._finish()
-                self._sink.finish()
+                self._file.finish()
                 self._disk.rename(self._temporary, self._path)
-                self._disk.sync_folder(self._path.parent)
+                self._disk.sync_directory(self._path.parent)
         finally:
-            self._sink.abandon()
+            self._file.abandon()
             self._disk.discard(self._temporary)
 
     def write(self, table: pa.Table) -> None:
-        """Appends the table's rows. Raises OSError."""
+        """Append the table's rows. Raises OSError."""
         raise NotImplementedError
 
     def _open(self) -> None:
@@ -67,20 +71,24 @@ class TableFile:
 
 
 class ParquetFile(TableFile):
-    """Parquet, zstd, with the run's metadata in the footer."""
+    """A Parquet file, compressed by zstd, with the run's metadata in the footer."""
 
     def _open(self) -> None:
-        # The footer is in memory up to the end: of answers, least and greatest help nobody and take the most of it.
-        told = [field.name for field in self._schema if field.name == "id" or pa.types.is_primitive(field.type)]
+        # The footer stays in memory until the end. Statistics of responses are useless and would take most of it.
+        columns = [field.name for field in self._schema if field.name == "id" or pa.types.is_primitive(field.type)]
         self._writer = pq.ParquetWriter(
-            self._sink, self._schema, compression="zstd", write_page_checksum=True, use_dictionary=DICTIONARY,
-            write_statistics=told,
-        )  # fmt: skip
-        self._held: list[pa.Table] = []
+            self._file,
+            self._schema,
+            compression="zstd",
+            write_page_checksum=True,
+            use_dictionary=DICTIONARY,
+            write_statistics=columns,
+        )
+        self._pending: list[pa.Table] = []
         self._rows = self._bytes = 0
 
     def write(self, table: pa.Table) -> None:
-        self._held.append(table)
+        self._pending.append(table)
         self._rows += len(table)
         self._bytes += table.nbytes
         if self._rows >= GROUP_ROWS or self._bytes >= GROUP_BYTES:
@@ -88,8 +96,8 @@ class ParquetFile(TableFile):
 
     def _write_group(self) -> None:
         if self._rows:
-            self._writer.write_table(pa.concat_tables(self._held), row_group_size=self._rows)
-        self._held.clear()
+            self._writer.write_table(pa.concat_tables(self._pending), row_group_size=self._rows)
+        self._pending.clear()
         self._rows = self._bytes = 0
 
     def _finish(self) -> None:
@@ -99,40 +107,40 @@ class ParquetFile(TableFile):
 
 
 class JsonLinesFile(TableFile):
-    """One JSON object a line, every column in it. Ids keep their type, bytes are base64, times are ISO 8601."""
+    """A file with one JSON object per line. Ids keep their type, bytes are base64, times are ISO 8601."""
 
     def _open(self) -> None:
         self._encode = msgspec.json.Encoder(enc_hook=str).encode
-        self._json = [field.name for field in self._schema if field.metadata == JSON]
+        self._json_columns = [field.name for field in self._schema if field.metadata == JSON]
 
     def write(self, table: pa.Table) -> None:
         table = _without_nanoseconds(table)
         rows = max(1, min(_SLICE_ROWS, _SLICE_BYTES * len(table) // max(1, table.nbytes)))
         for start in range(0, len(table), rows):
-            lines: list[Any] = [self._encode(self._plain(row)) for row in table.slice(start, rows).to_pylist()]
-            self._put(b"\n".join([*lines, b""]))
+            lines: list[Any] = [self._encode(self._embed_json(row)) for row in table.slice(start, rows).to_pylist()]
+            self._write_bytes(b"\n".join([*lines, b""]))
 
-    def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
-        for name in self._json:
+    def _embed_json(self, row: dict[str, Any]) -> dict[str, Any]:
+        for name in self._json_columns:
             if (text := row[name]) is not None:
                 row[name] = msgspec.Raw(text.encode())
         return row
 
-    def _put(self, data: bytes) -> None:
-        self._sink.write(data)
+    def _write_bytes(self, data: bytes) -> None:
+        self._file.write(data)
 
     def _finish(self) -> None:
         pass
 
 
 class GzipLinesFile(JsonLinesFile):
-    """The same, compressed by gzip."""
+    """A JSON Lines file compressed by gzip."""
 
     def _open(self) -> None:
         super()._open()
-        self._zip = gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=self._sink, mtime=0)
+        self._zip = gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=self._file, mtime=0)
 
-    def _put(self, data: bytes) -> None:
+    def _write_bytes(self, data: bytes) -> None:
         self._zip.write(data)
 
     def _finish(self) -> None:
@@ -140,34 +148,37 @@ class GzipLinesFile(JsonLinesFile):
 
 
 class ZstdLinesFile(JsonLinesFile):
-    """The same, compressed by zstd."""
+    """A JSON Lines file compressed by zstd."""
 
     def _open(self) -> None:
         super()._open()
-        self._zip = pa.CompressedOutputStream(pa.PythonFile(self._sink, "w"), "zstd")
+        self._zip = pa.CompressedOutputStream(pa.PythonFile(self._file, "w"), "zstd")
 
-    def _put(self, data: bytes) -> None:
+    def _write_bytes(self, data: bytes) -> None:
         self._zip.write(data)
 
     def _finish(self) -> None:
         self._zip.close()
 
 
-_ENDINGS: dict[str, type[TableFile]] = {
-    ".parquet": ParquetFile, ".jsonl": JsonLinesFile, ".jsonl.gz": GzipLinesFile, ".jsonl.zst": ZstdLinesFile,
-}  # fmt: skip
+_EXTENSIONS: dict[str, type[TableFile]] = {
+    ".parquet": ParquetFile,
+    ".jsonl": JsonLinesFile,
+    ".jsonl.gz": GzipLinesFile,
+    ".jsonl.zst": ZstdLinesFile,
+}
 
 
 def writer_for(path: Path) -> type[TableFile]:
-    """The format by the file's ending. Raises OptionError for an unknown one."""
-    for ending, found in _ENDINGS.items():
-        if path.name.lower().endswith(ending):
-            return found
-    raise OptionError(f"{path}: the file's ending tells its format, and must be one of {', '.join(_ENDINGS)}")
+    """Return the writer for a file's extension. Raises OptionError for an unknown one."""
+    for extension, writer in _EXTENSIONS.items():
+        if path.name.lower().endswith(extension):
+            return writer
+    raise OptionError(f"{path}: unknown file extension; expected one of {', '.join(_EXTENSIONS)}")
 
 
 def _without_nanoseconds(table: pa.Table) -> pa.Table:
-    # Python's own times have microseconds: Arrow would refuse to make some.
+    # Python's times have microseconds: Arrow refuses to convert finer ones.
     for number, field in enumerate(table.schema):
         if (kind := _coarse(field.type)) != field.type:
             table = table.set_column(number, field.with_type(kind), table[field.name].cast(kind))
@@ -175,7 +186,7 @@ def _without_nanoseconds(table: pa.Table) -> pa.Table:
 
 
 def _coarse(kind: pa.DataType) -> pa.DataType:
-    """The type with strings in place of times in nanoseconds, and their numbers in place of durations."""
+    """Return the type with nanosecond times replaced by strings, and nanosecond durations by integers."""
     if getattr(kind, "unit", "") == "ns":
         return pa.int64() if pa.types.is_duration(kind) else pa.string()
     if pa.types.is_struct(kind):

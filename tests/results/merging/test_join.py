@@ -101,7 +101,7 @@ async def test_values_of_json_stay_what_they_were(tmp_path: Path) -> None:
     assert [{name: row[name] for name in nothing} for row in rows_in(report)] == [nothing | row for row in rows]
     report = merge(tmp_path / "out", tmp_path / "r.parquet", with_manifest=manifest)
     assert report.json_columns == ("meta", "mixed")
-    assert "several types in the manifest, here JSON: meta, mixed" in str(report)
+    assert "with objects or mixed types, written as JSON: meta, mixed" in str(report)
     found = rows_in(report)
     assert [row["meta"] for row in found] == ['{"k":[1,{"é":null}]}', None, None]
     assert [row["mixed"] for row in found] == ["1", '"two"', None]
@@ -116,7 +116,7 @@ async def test_rows_of_the_manifest_that_cannot_be_read_are_counted(tmp_path: Pa
     report = merge(tmp_path / "out", partial=True, with_manifest=manifest)
     assert [row["prompt"] for row in rows_in(report)] == ["0", "1", None, "5"]
     assert report.unreadable == 1
-    assert "\n1 row of the manifest cannot be read: its columns are null there" in str(report)
+    assert "\n1 row of the manifest cannot be read: the manifest's columns are null there" in str(report)
 
 
 async def test_a_folder_of_csv(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ async def test_another_manifest_is_refused(tmp_path: Path) -> None:
     guard = guard_of(manifest)
     await fill(tmp_path / "out", [sample(0)], guard)
     other = write(tmp_path / "other" / "m.parquet", [{"prompt": "b" * 100}])
-    with pytest.raises(ResumeError, match=r"other/m\.parquet: is not the manifest of the run in .*out: ") as told:
+    with pytest.raises(ResumeError, match=r"other/m\.parquet: not the manifest of the run in .*out: ") as told:
         merge(tmp_path / "out", with_manifest=other)
     assert guard.fingerprint in str(told.value)
     assert Batches(other).fingerprint in str(told.value)
@@ -141,7 +141,7 @@ async def test_another_manifest_is_refused(tmp_path: Path) -> None:
     same = write(tmp_path / "moved" / "m.parquet", [{"prompt": "a"}])
     assert merge(tmp_path / "out", with_manifest=same).complete
     await fill(tmp_path / "out", [sample(1)], guard)
-    with pytest.raises(ManifestError, match="has changed: it ends before row 1, which was answered"):
+    with pytest.raises(ManifestError, match="has changed: it ends before row 1, which the output contains"):
         merge(tmp_path / "out", with_manifest=same)
 
 

@@ -50,7 +50,7 @@ async def test_the_winner_is_ok_then_the_later_retry_then_the_lower_attempt(tmp_
 
     await fill(tmp_path, [*say([0, 1], "1"), failed(2, "a"), failed(3, "a"), failed(4, "a")])
     await fill(tmp_path, [*say([0, 2], "2"), failed(1), failed(3, "b")])
-    await fill(tmp_path, [*say([0], "retry"), failed(1), failed(4, "c")], redo=RetrySelection.of(all=True))
+    await fill(tmp_path, [*say([0], "retry"), failed(1), failed(4, "c")], retry=RetrySelection.of(all=True))
     report = merge(tmp_path, partial=True)
     assert answers(report.file) == [(0, "retry"), (1, "1"), (2, "2"), (3, None), (4, None)]
     assert [error and error["code"] for error in pq.read_table(report.file)["error"].to_pylist()][3:] == ["a", "c"]
@@ -202,10 +202,10 @@ async def test_the_files_metadata(tmp_path: Path) -> None:
 
 
 async def test_what_cannot_be_merged(tmp_path: Path) -> None:
-    with pytest.raises(ResumeError, match=r"is no output folder of batchvl: it has no run.json"):
+    with pytest.raises(ResumeError, match=r"not a batchvl output: no run\.json found"):
         merge(tmp_path)
     await fill(tmp_path, [sample(0)])
-    with pytest.raises(OptionError, match=r"r.csv: the file's ending tells its format"):
+    with pytest.raises(OptionError, match=r"r\.csv: unknown file extension; expected one of \.parquet, "):
         merge(tmp_path, tmp_path / "r.csv")
     with pytest.raises(OptionError, match="cannot be written: No such file"):
         merge(tmp_path, tmp_path / "nowhere" / "r.parquet")

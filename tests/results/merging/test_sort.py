@@ -16,8 +16,8 @@ import pytest
 from batchvl.errors import BatchvlError
 from batchvl.results import Record, parts
 from batchvl.results.journal import Journal
-from batchvl.results.merging.sort import Limits, ordered
-from batchvl.results.merging.spill import stretches
+from batchvl.results.merging.sort import Limits, read_sorted
+from batchvl.results.merging.spill import bucket_starts
 from batchvl.results.parts import Group, Part
 from batchvl.results.record import schema, to_batch
 from batchvl.results.rowset import Outcomes
@@ -25,7 +25,7 @@ from batchvl.results.rowset import Outcomes
 from ..samples import failed, sample
 
 SCHEMA = schema("string")
-TINY = Limits(window=1_000, held=8_000, stretch=2_000)
+TINY = Limits(window=1_000, held=8_000, bucket=2_000)
 
 
 class Folder:
@@ -53,7 +53,7 @@ class Folder:
     def out(self, limits: Limits, scratch: Path) -> list[tuple[int, str | None]]:
         """What comes out, after a look at whether it comes in small tables and leaves nothing behind."""
         found = []
-        for table in ordered(self.parts, SCHEMA, scratch, limits):
+        for table in read_sorted(self.parts, SCHEMA, scratch, limits):
             assert table.schema == SCHEMA
             assert 0 < table.nbytes < 6 * limits.window
             found += zip(table["row"].to_pylist(), table["response"].to_pylist(), strict=True)
@@ -89,7 +89,7 @@ def test_rows_that_lie_anywhere_several_times(folder: Folder, seed: int) -> None
             folder.add(records, attempt, retry, group=chance.randint(1, 20))
     scratch = folder.path / "scratch"
     found = []
-    for table in ordered(folder.parts, SCHEMA, scratch, TINY):
+    for table in read_sorted(folder.parts, SCHEMA, scratch, TINY):
         found += zip(table["row"].to_pylist(), table["response"].to_pylist(), strict=True)
         dealt = max(dealt, len(os.listdir(scratch)))
     assert found == folder.wanted()
@@ -105,7 +105,7 @@ def test_rows_in_about_the_manifests_order_are_not_dealt_out(folder: Folder) -> 
         folder.add([sample(row) for row in some])
     scratch = folder.path / "scratch"
     scratch.rmdir()  # nothing can be written there
-    tables = list(ordered(folder.parts, SCHEMA, scratch, TINY))
+    tables = list(read_sorted(folder.parts, SCHEMA, scratch, TINY))
     assert [row for table in tables for row in table["row"].to_pylist()] == list(range(600))
     assert len(tables) > 20
 
@@ -129,13 +129,13 @@ def test_nothing_and_a_single_row(folder: Folder) -> None:
     assert folder.out(TINY, folder.path / "scratch") == folder.wanted()
 
 
-def test_stretches_hold_the_same_number_of_bytes() -> None:
+def test_buckets_hold_the_same_number_of_bytes() -> None:
     even = [Group(start, start + 99, 1000) for start in range(0, 1000, 100)]
-    assert list(stretches(even, 2500)) == [0, 250, 500, 750, 1000]
+    assert list(bucket_starts(even, 2500)) == [0, 250, 500, 750, 1000]
     across = [Group(0, 999, 1000)] * 10
-    assert list(stretches(across, 2500)) == [0, 250, 500, 750, 1000]
-    assert list(stretches([Group(5, 5, 10**9), Group(7, 7, 10)], 100)) == [0, 6]
-    assert list(stretches([], 100)) == [0]
+    assert list(bucket_starts(across, 2500)) == [0, 250, 500, 750, 1000]
+    assert list(bucket_starts([Group(5, 5, 10**9), Group(7, 7, 10)], 100)) == [0, 6]
+    assert list(bucket_starts([], 100)) == [0]
 
 
 def test_a_part_that_goes_away_is_told(folder: Folder) -> None:
