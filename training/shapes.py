@@ -3,9 +3,9 @@
 
     python training/shapes.py random OUT                   # random weights
     python training/shapes.py train OUT --minutes 6.2      # trained weights
-    python training/shapes.py eval OUT --n 400             # share of right answers on fresh scenes
+    python training/shapes.py eval OUT --n 400             # share of right answers on new scenes
 
-OUT is a Hugging Face checkpoint (weights in bfloat16). Nothing is fetched from a hub.
+OUT is a Hugging Face checkpoint with weights in bfloat16. Nothing is downloaded from a hub.
 """
 
 import argparse
@@ -45,9 +45,9 @@ from transformers.utils import is_torchvision_available
 
 from batchvl.shapes.scenes import DESCRIBE, KINDS, SHAPES, ask_about, ask_about_pair, draw_scene, make_scene
 
-TILE, PATCH, SHRINK = 112, 14, 0.5  # a tile's and a patch's side in pixels; 2 x 2 patches make one image token
+TILE, PATCH, SHRINK = 112, 14, 0.5  # sides of tiles and patches in pixels; 2 x 2 patches become one image token
 TOKENS_PER_TILE = int((TILE // PATCH * SHRINK) ** 2)
-MOST_TILES = 4
+MAX_TILES = 4
 VOCABULARY = 512
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>", "<img>", "</img>", "<video>"]
 NAMED_TOKENS = {
@@ -56,7 +56,7 @@ NAMED_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
@@ -65,15 +65,15 @@ CHAT_TEMPLATE = (
     "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{'<|im_end|>\n'}}{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )
-#: A picture's size in pixels for each way of tiling.
 SIZES = {"one": (TILE, TILE), "wide": (2 * TILE, TILE), "tall": (TILE, 2 * TILE), "grid": (2 * TILE, 2 * TILE)}
+"""Image size in pixels by arrangement of tiles."""
 
 WARMUP = 200  # steps up to the highest learning rate
-HOLD = 0.3  # share of the training at the highest rate, before the cosine
-SIMPLE = 0.35  # share of the training on pictures of one tile only
+HOLD = 0.3  # share of the training at the highest rate, before the cosine decay
+SIMPLE = 0.35  # share of the training with images of one tile only
 LAYOUTS = (*SIZES, "pair", "shapes")
-#: How often each layout comes in the three parts of training: up to SIMPLE, after it, and with --resume.
 SHARES = ((60, 0, 0, 0, 10, 30), (35, 8, 8, 10, 20, 19), (20, 15, 25, 15, 10, 15))
+"""Weights of the layouts in the three phases of training: up to SIMPLE, after it, and with --resume."""
 REPORT_EVERY = 50  # steps
 
 
@@ -81,7 +81,7 @@ REPORT_EVERY = 50  # steps
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE in the Qwen2 form: any text can be encoded, the words of the task are one token each."""
+    """Return a byte-level BPE tokenizer in Qwen2's form that encodes any text, with one token per word of the task."""
     rng, lines = random.Random(0), list(DESCRIBE)
     for _ in range(4000):
         scenes = make_scene(rng), make_scene(rng)
@@ -127,9 +127,9 @@ def build_image_processor() -> GotOcr2ImageProcessorPil:
         size={"height": TILE, "width": TILE},
         crop_to_patches=True,
         min_patches=1,
-        max_patches=MOST_TILES,
+        max_patches=MAX_TILES,
         image_mean=MEAN,
-        image_std=DEVIATION,
+        image_std=STD,
     )
 
 
@@ -142,18 +142,21 @@ class ImageTextProcessor(InternVLProcessor):
         return super().check_argument_for_proper_class(name, argument)
 
 
-def load_processor(folder: Path) -> InternVLProcessor:
-    """AutoProcessor where torchvision is installed; else the same parts put together without videos."""
+def load_processor(directory: Path) -> InternVLProcessor:
+    """Return AutoProcessor's result if torchvision is installed, else the same without its video processor."""
     if is_torchvision_available():
-        return AutoProcessor.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    images = GotOcr2ImageProcessorPil.from_pretrained(folder)
-    length = json.loads((folder / "processor_config.json").read_text())["image_seq_length"]
+        return AutoProcessor.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    images = GotOcr2ImageProcessorPil.from_pretrained(directory)
+    length = json.loads((directory / "processor_config.json").read_text())["image_seq_length"]
     return ImageTextProcessor(images, tokenizer, None, image_seq_length=length, chat_template=tokenizer.chat_template)
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> InternVLForConditionalGeneration:
-    """3 M parameters; heads of 64 in both towers, the smallest that LMDeploy's TurboMind has kernels for."""
+    """Return a model of 3 M parameters.
+
+    Both towers have a head dimension of 64, the smallest for which LMDeploy's TurboMind has kernels.
+    """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = InternVLConfig(
         vision_config={
@@ -202,16 +205,18 @@ def build_model(tokenizer: Qwen2Tokenizer) -> InternVLForConditionalGeneration:
     return model
 
 
-def save(model: InternVLForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """A checkpoint that transformers 4 and 5, LMDeploy (it wants architectures in both towers' configs) and vLLM read.
+def save(model: InternVLForConditionalGeneration, tokenizer: Qwen2Tokenizer, directory: Path) -> None:
+    """Write a checkpoint that transformers 4 and 5, vLLM and LMDeploy read; the last wants architectures of both towers.
 
-    The processor's files are written by hand, because transformers writes the class names of this machine's classes.
+    The processor's files are written by hand because transformers would write the names of the classes used here.
     """
-    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
-    tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["extra_special_tokens"] = {name: settings.pop(name) for name in NAMED_TOKENS}  # the form both 4 and 5 read
+    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(directory)
+    (directory / "model.safetensors").chmod(0o644)
+    tokenizer.save_pretrained(directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["extra_special_tokens"] = {
+        name: settings.pop(name) for name in NAMED_TOKENS
+    }  # as transformers 4 and 5 read it
     settings.pop("backend", None)
     images = {key: value for key, value in build_image_processor().to_dict().items() if value is not None}
     names = {"processor_class": "InternVLProcessor"}
@@ -224,7 +229,7 @@ def save(model: InternVLForConditionalGeneration, tokenizer: Qwen2Tokenizer, fol
             "video_processor_type": "InternVLVideoProcessor",
             "size": images["size"],
             "image_mean": MEAN,
-            "image_std": DEVIATION,
+            "image_std": STD,
             "do_resize": True,
             "do_rescale": True,
             "do_normalize": True,
@@ -233,32 +238,32 @@ def save(model: InternVLForConditionalGeneration, tokenizer: Qwen2Tokenizer, fol
         },
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-# ---------------------------------------------------------------------------------- batches for training
+# ---------------------------------------------------------------------------------- training data
 
 
 class ConversationBatches(IterableDataset):
-    """Endless batches of conversations. A batch has one layout, so that its tensors are of one size.
+    """Endless batches of conversations. All images of a batch have one layout, so that its tensors have one size.
 
-    "shapes" are pictures of several things and only the question which shape has a colour, which is learned last: in
-    other conversations its answer can often be read in a caption given before.
+    The layout "shapes" has images of several things and asks only which shape has a colour. This question is learned
+    last because in other conversations an earlier caption often contains its answer.
     """
 
     def __init__(self, tokenizer: Qwen2Tokenizer, batch: int, seed: int, turns: int = 3) -> None:
         self.tokenizer, self.batch, self.seed, self.turns = tokenizer, batch, seed, turns
-        self.part = torch.multiprocessing.Value("i", 0)  # of the training: the row of SHARES; the workers read it
-        self.images = build_image_processor()
+        self.phase = torch.multiprocessing.Value("i", 0)  # index into SHARES, read by the workers
+        self.image_processor = build_image_processor()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rng = _worker_rng(str(self.seed))
         while True:
-            yield self._batch(rng.choices(LAYOUTS, SHARES[self.part.value])[0], rng)
+            yield self._batch(rng.choices(LAYOUTS, SHARES[self.phase.value])[0], rng)
 
     def _batch(self, layout: str, rng: random.Random) -> dict[str, Any]:
         one_tile = layout in ("one", "pair", "shapes")
-        pictures, rows = [], []
+        images, rows = [], []
         for _ in range(self.batch if one_tile else self.batch // 2):
             scenes = [make_scene(rng) for _ in range(2 if layout == "pair" else 1)]
             while layout == "shapes" and (len(scenes[0].things) == 1 or not ask_about(scenes[0], "shape", rng)):
@@ -266,21 +271,21 @@ class ConversationBatches(IterableDataset):
             width, height = SIZES["one" if one_tile else layout]
             if one_tile and rng.random() < 0.5:
                 width, height = (int(side * rng.uniform(1.0, 1.9)) for side in (width, height))
-            pictures += [draw_scene(scene, width, height, rng) for scene in scenes]
+            images += [draw_scene(scene, width, height, rng) for scene in scenes]
             if layout == "pair":
                 questions = [ask_about_pair(*scenes, rng) for _ in range(self.turns)]
             else:
                 kinds = ["shape"] * self.turns if layout == "shapes" else rng.sample(KINDS, self.turns)
-                questions = [asked for kind in kinds if (asked := ask_about(scenes[0], kind, rng))]
+                questions = [question for kind in kinds if (question := ask_about(scenes[0], kind, rng))]
             rows.append((len(scenes), questions))
-        pixels = self.images(
-            pictures,
+        pixels = self.image_processor(
+            images,
             min_patches=1,
-            max_patches=1 if one_tile else MOST_TILES,
+            max_patches=1 if one_tile else MAX_TILES,
             crop_to_patches=not one_tile,
             return_tensors="pt",
         )["pixel_values"]
-        tiles = len(pixels) // len(pictures)
+        tiles = len(pixels) // len(images)
         texts = [self._encode(count, tiles, questions, rng) for count, questions in rows]
         longest, pad = max(len(ids) for ids, _ in texts), self.tokenizer.pad_token_id
         return {
@@ -292,27 +297,34 @@ class ConversationBatches(IterableDataset):
         }
 
     def _encode(
-        self, pictures: int, tiles: int, questions: list[tuple[str, str]], rng: random.Random
+        self, images: int, tiles: int, questions: list[tuple[str, str]], rng: random.Random
     ) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation about so many pictures of so many tiles each, and labels: ids in the answers."""
+        """Return the token ids of a conversation, and labels: the ids of its answers and -100 elsewhere.
+
+        Args:
+            images: Number of images.
+            tiles: Tiles per image.
+            questions: Questions and answers, one pair per turn.
+            rng: Chooses the wording around them.
+        """
         prefix = ""
         if rng.random() < 0.3:
             system = rng.choice(("You are a helpful assistant.", "You describe pictures."))
             prefix = f"<|im_start|>system\n{system}<|im_end|>\n"
-        picture = "<img>" + "<IMG_CONTEXT>" * (TOKENS_PER_TILE * tiles) + "</img>\n"
+        image = "<img>" + "<IMG_CONTEXT>" * (TOKENS_PER_TILE * tiles) + "</img>\n"
         ids, labels = [], []
         for turn, (question, answer) in enumerate(questions):
             user = question
-            if turn == 0 and pictures == 1:
-                user = f"{question}\n{picture}" if rng.random() < 0.2 else picture + question
+            if turn == 0 and images == 1:
+                user = f"{question}\n{image}" if rng.random() < 0.2 else image + question
             elif turn == 0:
                 name = rng.choice(("Image-{}: ", "Image-{}: ", "Image {}: ", ""))
-                user = "".join(name.format(number) + picture for number in range(1, pictures + 1)) + question
+                user = "".join(name.format(number) + image for number in range(1, images + 1)) + question
             begin = f"{prefix}<|im_start|>" if turn == 0 else "<|im_start|>"
-            asked = self._ids(f"{begin}user\n{user}<|im_end|>\n<|im_start|>assistant\n")
-            answered, end = self._ids(f"{answer}<|im_end|>"), self._ids("\n")
-            ids += asked + answered + end
-            labels += [-100] * len(asked) + answered + [-100] * len(end)
+            prompt_ids = self._ids(f"{begin}user\n{user}<|im_end|>\n<|im_start|>assistant\n")
+            answer_ids, newline_ids = self._ids(f"{answer}<|im_end|>"), self._ids("\n")
+            ids += prompt_ids + answer_ids + newline_ids
+            labels += [-100] * len(prompt_ids) + answer_ids + [-100] * len(newline_ids)
         return ids, labels
 
     def _ids(self, text: str) -> list[int]:
@@ -320,26 +332,26 @@ class ConversationBatches(IterableDataset):
 
 
 class PatchBatches(IterableDataset):
-    """Endless pictures of one tile with, for each patch, the shape that covers it.
+    """Endless batches of images of one tile, labelled with the shape that covers each patch.
 
-    A label is 0 for no shape, 1 + the shape's number, or -100 where a patch has only an edge of one.
+    A label is 0 for no shape, 1 + the shape's index, or -100 if the patch has only the edge of one.
     """
 
     def __init__(self, batch: int, seed: int) -> None:
-        self.batch, self.seed, self.images = batch, seed, build_image_processor()
+        self.batch, self.seed, self.image_processor = batch, seed, build_image_processor()
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         rng = _worker_rng(f"patches/{self.seed}")
         side = TILE // PATCH
         while True:
-            pictures, labels = [], []
+            images, labels = [], []
             for _ in range(self.batch):
                 mask = Image.new("L", (TILE, TILE))
-                pictures.append(draw_scene(make_scene(rng), TILE, TILE, rng, mask))
+                images.append(draw_scene(make_scene(rng), TILE, TILE, rng, mask))
                 patches = np.asarray(mask).reshape(side, PATCH, side, PATCH).swapaxes(1, 2).reshape(side * side, -1)
                 covered, shape = (patches > 0).mean(1), patches.max(1).astype(int)
                 labels.append(np.where(covered > 0.25, shape, np.where(covered == 0, 0, -100)))
-            pixels = self.images(pictures, crop_to_patches=False, return_tensors="pt")["pixel_values"]
+            pixels = self.image_processor(images, crop_to_patches=False, return_tensors="pt")["pixel_values"]
             yield {"pixel_values": pixels, "labels": torch.from_numpy(np.stack(labels))}
 
 
@@ -356,10 +368,10 @@ def _load(dataset: IterableDataset, workers: int, device: str) -> Iterator[dict[
 
 
 def train_eye(tower: torch.nn.Module, options: argparse.Namespace) -> None:
-    """The first part of training: the vision tower alone names the shape at each patch.
+    """Train the vision tower alone to name the shape at each patch.
 
-    64 answers a picture teach it edges and corners far sooner than captions do (with captions only, colours and
-    counts come, shapes don't).
+    64 labels per image teach it edges and corners far sooner than captions do: from captions alone it learns colours
+    and counts, but not shapes.
     """
     head = torch.nn.Linear(tower.config.hidden_size, 1 + len(SHAPES)).to(options.device)
     parameters = [*tower.parameters(), *head.parameters()]
@@ -377,13 +389,13 @@ def train_eye(tower: torch.nn.Module, options: argparse.Namespace) -> None:
         _update(optimizer, loss, parameters)
         step += 1
         if step % REPORT_EVERY == 0:
-            shaped = batch["labels"] > 0
-            right = (logits.argmax(-1) == batch["labels"])[shaped].float().mean().item()
+            on_shape = batch["labels"] > 0
+            right = (logits.argmax(-1) == batch["labels"])[on_shape].float().mean().item()
             _report(part="eye", step=step, seconds=time.monotonic() - start, loss=loss.item(), right=right)
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train for options.eye + options.minutes minutes (options.minutes where options.resume has weights) and save."""
+    """Train for options.eye + options.minutes minutes, or options.minutes when resuming, and save the model."""
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
     if options.resume:
@@ -391,7 +403,7 @@ def train(options: argparse.Namespace) -> None:
     else:
         model = build_model(tokenizer)
     if options.device == "cpu":
-        model.set_attn_implementation("eager")  # sdpa's backward is slow there
+        model.set_attn_implementation("eager")  # the backward pass of sdpa is slow on a CPU
     model.to(options.device).train()
     if options.eye and not options.resume:
         train_eye(model.model.vision_tower, options)
@@ -414,14 +426,14 @@ def train(options: argparse.Namespace) -> None:
             done = max(done, step / options.steps)
         if done >= 1:
             break
-        dataset.part.value = 2 if options.resume else int(done >= SIMPLE)
+        dataset.phase.value = 2 if options.resume else int(done >= SIMPLE)
         cosine = 1.0 if done < HOLD else 0.5 * (1 + math.cos(math.pi * (done - HOLD) / (1 - HOLD)))
         _set_rate(optimizer, options.rate * min(1.0, (step + 1) / WARMUP) * max(cosine, 0.01))
         batch = next(batches)
         layout = batch.pop("layout")
         batch = {key: value.to(options.device, non_blocking=True) for key, value in batch.items()}
         labels = batch.pop("labels")[:, 1:]
-        answers = labels != -100  # only answer tokens go through the head
+        answers = labels != -100  # only answer tokens need logits
         with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
             hidden = model.model(**batch, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[:, :-1][answers])
@@ -431,9 +443,9 @@ def train(options: argparse.Namespace) -> None:
         if step % REPORT_EVERY == 0:
             right = (logits.argmax(-1) == labels[answers]).float().mean().item()
             _report(step=step, seconds=time.monotonic() - start, loss=loss.item(), right=right, layout=layout)
-    del batches  # ends the workers
-    save(model.eval(), tokenizer, options.folder)
-    print(f"saved {options.folder} after {step} steps, {time.monotonic() - start:.0f} s", flush=True)
+    del batches  # ends the worker processes
+    save(model.eval(), tokenizer, options.directory)
+    print(f"saved {options.directory} after {step} steps, {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -452,33 +464,33 @@ def _report(**numbers: Any) -> None:
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}), flush=True)
 
 
-def fresh_questions(count: int) -> Iterator[tuple[str, list[dict[str, Any]], str]]:
-    """`count` conversations of each kind on scenes never trained on: kind, messages, true answer to the last one."""
+def new_questions(count: int) -> Iterator[tuple[str, list[dict[str, Any]], str]]:
+    """Yield `count` conversations of each kind about new scenes: kind, messages, true answer to the last one."""
     rng = random.Random("held-out")
     kinds = [("caption", size) for size in ("one", "grid", "wide", "tall")]
     kinds += [(kind, "one") for kind in (*KINDS[1:], "pair", "turns")]
     for kind, layout in kinds:
-        made = 0
-        while made < count:
+        yielded = 0
+        while yielded < count:
             scenes = [make_scene(rng) for _ in range(2 if kind == "pair" else 1)]
             if kind == "pair":
                 turns = [ask_about_pair(*scenes, rng)]
             else:
-                wanted = rng.sample(KINDS, 3) if kind == "turns" else [kind]
-                turns = [asked for each in wanted if (asked := ask_about(scenes[0], each, rng))]
+                turn_kinds = rng.sample(KINDS, 3) if kind == "turns" else [kind]
+                turns = [turn for turn_kind in turn_kinds if (turn := ask_about(scenes[0], turn_kind, rng))]
             if turns:
                 width, height = SIZES[layout] if layout != "one" else (144, 144)
-                pictures = [draw_scene(scene, width, height, rng) for scene in scenes]
-                yield f"{kind}/{layout}", _messages(pictures, turns), turns[-1][1]
-                made += 1
+                images = [draw_scene(scene, width, height, rng) for scene in scenes]
+                yield f"{kind}/{layout}", _messages(images, turns), turns[-1][1]
+                yielded += 1
 
 
-def _messages(pictures: list[Image.Image], turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def _messages(images: list[Image.Image], turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = []
-    for number, picture in enumerate(pictures, 1):
-        if len(pictures) > 1:
+    for number, image in enumerate(images, 1):
+        if len(images) > 1:
             content.append({"type": "text", "text": f"Image-{number}: "})
-        content.append({"type": "image", "image": picture})
+        content.append({"type": "image", "image": image})
     messages = []
     for question, answer in turns:
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
@@ -488,14 +500,14 @@ def _messages(pictures: list[Image.Image], turns: list[tuple[str, str]]) -> list
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Exact match on fresh scenes, the way an application asks: processor, chat template, greedy generate."""
-    processor = load_processor(options.folder)
+    """Print the share of exact answers on new scenes, asked as an application would: chat template, greedy generate."""
+    processor = load_processor(options.directory)
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    model = AutoModelForImageTextToText.from_pretrained(options.folder, dtype=dtype).to(options.device).eval()
-    start, asked = time.monotonic(), list(fresh_questions(options.n))
+    model = AutoModelForImageTextToText.from_pretrained(options.directory, dtype=dtype).to(options.device).eval()
+    start, questions = time.monotonic(), list(new_questions(options.n))
     right: dict[str, int] = {}
-    for at in range(0, len(asked), options.batch):
-        part = asked[at : at + options.batch]
+    for offset in range(0, len(questions), options.batch):
+        part = questions[offset : offset + options.batch]
         inputs = processor.apply_chat_template(
             [messages for _, messages, _ in part],
             add_generation_prompt=True,
@@ -513,29 +525,29 @@ def evaluate(options: argparse.Namespace) -> None:
                 print(f"wrong: {kind}, {messages[-1]['content'][-1]['text']!r}: {text!r} instead of {answer!r}")
     for kind, count in right.items():
         print(f"{kind:18} {count}/{options.n}")
-    print(f"right: {sum(right.values())} of {len(asked)}, {time.monotonic() - start:.1f} s on {options.device}")
+    print(f"right: {sum(right.values())} of {len(questions)}, {time.monotonic() - start:.1f} s on {options.device}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("random", "train", "eval"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--minutes", type=float, default=25, help="train: for so long, after --eye")
-    parser.add_argument("--eye", type=float, default=7, help="train: minutes for the vision tower alone; 0: none")
+    parser.add_argument("--minutes", type=float, default=25, help="train: duration, not counting --eye")
+    parser.add_argument("--eye", type=float, default=7, help="train: minutes for the vision tower alone; 0 skips this")
     parser.add_argument("--rate", type=float, default=1e-3, help="train: the highest learning rate")
-    parser.add_argument("--resume", type=Path, help="train: go on from this checkpoint, without --eye")
-    parser.add_argument("--steps", type=int, default=0, help="train: at most so many steps after --eye; 0: no limit")
-    parser.add_argument("--batch", type=int, default=32, help="conversations a batch")
-    parser.add_argument("--workers", type=int, default=0, help="train: processes that draw")
-    parser.add_argument("--bf16", action="store_true", help="train: in mixed precision")
+    parser.add_argument("--resume", type=Path, help="train: start from this checkpoint, without --eye")
+    parser.add_argument("--steps", type=int, default=0, help="train: limit of steps after --eye; 0 is no limit")
+    parser.add_argument("--batch", type=int, default=32, help="conversations per batch")
+    parser.add_argument("--workers", type=int, default=0, help="train: number of processes that draw images")
+    parser.add_argument("--bf16", action="store_true", help="train: use mixed precision")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--n", type=int, default=200, help="eval: conversations of each kind")
     options = parser.parse_args()
     if options.command == "random":
         torch.manual_seed(options.seed)
         tokenizer = build_tokenizer()
-        save(build_model(tokenizer), tokenizer, options.folder)
+        save(build_model(tokenizer), tokenizer, options.directory)
     elif options.command == "train":
         train(options)
     else:
