@@ -22,7 +22,7 @@ from batchvl.validation import survey
 from ..faults.server import FaultServer
 from ..manifest.writing import write, write_bytes
 from .running import answers, children, picture, run, shell
-from .test_shared_images import spread, web  # noqa: F401 - `web` is a fixture
+from .test_shared_images import random_images, web  # noqa: F401 - `web` is a fixture
 
 LOOPBACK = {"allow_private": ["127.0.0.0/8"]}
 
@@ -195,7 +195,7 @@ def test_rows_without_images_are_reported_if_others_have_some(tmp_path):
 @pytest.mark.parametrize("look_ahead", [0, 1, 16, 4096])
 def test_the_number_of_reads_is_that_of_a_run(look_ahead, web, tmp_path):  # noqa: F811
     address, asked, _ = web
-    rows = [{"prompt": f"q {n}", "image": f"{address}/{number}.png"} for n, number in enumerate(spread(300))]
+    rows = [{"prompt": f"q {n}", "image": f"{address}/{number}.png"} for n, number in enumerate(random_images(300))]
     manifest = write(tmp_path / "m.jsonl", rows)
 
     report = validate(manifest, look_ahead=look_ahead, **LOOPBACK)
