@@ -1,31 +1,32 @@
-"""What can go wrong, and whom it concerns.
+"""All errors: those that end a command, and those that fail a single row.
 
-    BatchvlError                     a command ends with it; `exit_code` is the process's
+    BatchvlError                     ends a command with its `exit_code`
     ├── UsageError              2    nothing was run: the command, the manifest or the model is wrong
-    │   ├── OptionError              an option's value, or two options that exclude each other
-    │   ├── ManifestError            the manifest as a whole: no such column, wrong type, empty, truncated
-    │   ├── ModelError               the model: not found, not supported, needs code of its own
+    │   ├── OptionError              invalid value of an option, or conflicting options
+    │   ├── ManifestError            the manifest as a whole: missing column, wrong type, empty, truncated
+    │   ├── ModelError               the model: not found, not supported, needs its own code
     │   ├── EngineUnavailable        the engine: a library or a device is missing
-    │   └── ResumeError              the output folder belongs to another run, or another runner holds it
+    │   └── ResumeError              the output directory belongs to another run, or is in use by another runner
     ├── TooManyFailures         4    stopped by --max-failures
-    ├── StoppedEarly           75    signal, time, disk: run the same command again to go on
-    └── EngineLost              1    the engine died and will not come back
+    ├── StoppedEarly           75    stopped by a signal, a time limit or a full disk; the same command resumes the run
+    └── EngineLost              1    the engine exited and is not restarted
 
-    RowError                         one row's failure: data, never the end of a run; `code`, `stage`, `retryable`
+    RowError                         fails one row, not the run; has a `code`, a `stage` and `retryable`
     ├── PromptError                  stage "prompt"
     │   ├── InvalidRow, MissingPrompt, InvalidMessages, ImageCountMismatch, SpecialToken, InvalidGeneration
     ├── FetchError                   stage "fetch"
     │   ├── UnsupportedSource, InvalidDataUri, MissingFile, ForbiddenPath, ForbiddenAddress, InvalidUrl,
     │   │   NameResolutionFailed, ConnectionFailed, HttpStatus, HttpRetryable, FetchTimeout,
-    │   │   TooManyBytes, TooManyRedirects, EmptyPicture
+    │   │   TooManyBytes, TooManyRedirects, EmptyImage
     ├── PrepareError                 stage "prepare"
-    │   ├── NotAPicture, TruncatedPicture, CorruptPicture, TooManyPixels, TooManyPictures, PrepareTimeout,
+    │   ├── NotAnImage, TruncatedImage, CorruptImage, TooManyPixels, TooManyImages, PrepareTimeout,
     │   │   PrepareCrashed, PrepareFailed, TooLarge
     └── InferError                   stage "engine"
-        ├── ContextLengthExceeded, RequestRefused, EngineFailed, EngineCrashed, RowTimeout, Unsupported,
+        ├── ContextLengthExceeded, RequestRefused, EngineError, EngineCrashed, RowTimeout, Unsupported,
         │   GaveUpWaiting
 
-A RowError's `code` goes into the output column `error.code` and never changes once released.
+The `code` of a RowError is the value of the output column `error.code`. A released code is never removed; one that was
+renamed stays known in `RENAMED_CODES`.
 """
 
 from __future__ import annotations
@@ -35,27 +36,27 @@ from typing import ClassVar
 
 
 class BatchvlError(Exception):
-    """The end of a command. The message tells what was found, what is wanted, and where."""
+    """An error that ends a command. The message says what was found, what is expected, and where."""
 
     exit_code: ClassVar[int] = 1
 
 
 class UsageError(BatchvlError):
-    """Nothing was run: mend the command, the manifest or the model and run again."""
+    """Nothing was run, because the command, the manifest or the model is wrong."""
 
     exit_code = 2
 
 
 class OptionError(UsageError):
-    """An option has a value it cannot have, or contradicts another."""
+    """An option has an invalid value, or conflicts with another one."""
 
 
 class ManifestError(UsageError):
-    """The manifest cannot be read as a whole. A single bad row is a `RowError` instead."""
+    """The manifest as a whole cannot be read. A single invalid row is a `RowError` instead."""
 
 
 class ModelError(UsageError):
-    """The model cannot be found, is of an unsupported kind, or needs `--trust-remote-code`."""
+    """The model is not found or not supported, or needs `--trust-remote-code`."""
 
 
 class EngineUnavailable(UsageError):
@@ -63,7 +64,7 @@ class EngineUnavailable(UsageError):
 
 
 class ResumeError(UsageError):
-    """The output folder was written with other settings, or another runner is at work in it."""
+    """The output directory was written with other options, or is in use by another runner."""
 
 
 class TooManyFailures(BatchvlError):
@@ -73,17 +74,17 @@ class TooManyFailures(BatchvlError):
 
 
 class StoppedEarly(BatchvlError):
-    """The run stopped before its end; what was answered is kept and the same command goes on from there."""
+    """The run stopped early. Its results are kept, and the same command resumes it."""
 
     exit_code = 75
 
 
 class EngineLost(BatchvlError):
-    """The engine process died and was given up. The message holds its last words."""
+    """The engine exited and is not restarted. The message quotes its last output."""
 
 
 class RowError(Exception):
-    """One row's failure. Leaves have a stable `code`, the `stage` they belong to, and whether a retry may help."""
+    """The failure of one row. Each leaf class has a stable `code`, a `stage`, and whether a retry may help."""
 
     code: ClassVar[str]
     stage: ClassVar[str]
@@ -91,83 +92,91 @@ class RowError(Exception):
 
 
 class PromptError(RowError):
+    """The row has no valid prompt."""
+
     stage = "prompt"
 
 
 class FetchError(RowError):
+    """An image of the row cannot be read."""
+
     stage = "fetch"
 
 
 class PrepareError(RowError):
+    """An image of the row cannot be decoded or prepared for the model."""
+
     stage = "prepare"
 
 
 class InferError(RowError):
+    """The engine did not answer the row."""
+
     stage = "engine"
 
 
 class InvalidRow(PromptError):
-    """The manifest's row cannot be read: not JSON, a wrong type, an id out of range."""
+    """The row of the manifest cannot be read: invalid JSON, a wrong type, an ID out of range."""
 
     code = "invalid_row"
 
 
 class MissingPrompt(PromptError):
-    """The row's prompt is null or empty, or a column that the template names is null."""
+    """The row's prompt is null or empty, or a column in the `--prompt` template is null."""
 
     code = "missing_prompt"
 
 
 class InvalidMessages(PromptError):
-    """`messages` is not an OpenAI chat that ends with the user's turn."""
+    """`messages` is not an OpenAI chat that ends with a user message."""
 
     code = "invalid_messages"
 
 
 class ImageCountMismatch(PromptError):
-    """`<IMAGE_TOKEN>` stands more or less often than the row has pictures."""
+    """The number of `<IMAGE_TOKEN>` in the prompt differs from the number of images in the row."""
 
     code = "image_count_mismatch"
 
 
 class SpecialToken(PromptError):
-    """A value holds one of the model's special tokens and `--special-tokens fail` was given."""
+    """A value contains a special token of the model, and `--special-tokens fail` is set."""
 
     code = "special_token"
 
 
 class InvalidGeneration(PromptError):
-    """The row's `generation` holds an unknown setting or a value out of range."""
+    """The row's `generation` column has an unknown setting or a value out of range."""
 
     code = "invalid_generation"
 
 
 class UnsupportedSource(FetchError):
-    """The picture's source is of a kind that batchvl does not read, such as `ftp://`."""
+    """The image's URL has a scheme that is not supported, such as `ftp://`."""
 
     code = "unsupported_source"
 
 
 class InvalidDataUri(FetchError):
-    """The `data:` URI is malformed or its base64 cannot be decoded."""
+    """The `data:` URI is malformed, or its base64 cannot be decoded."""
 
     code = "invalid_data_uri"
 
 
 class MissingFile(FetchError):
-    """No such file, or it cannot be read."""
+    """The image file does not exist or cannot be read."""
 
     code = "missing_file"
 
 
 class ForbiddenPath(FetchError):
-    """The file lies outside the manifest's folder and every `--image-root`, symbolic links resolved."""
+    """The image file is outside the manifest's directory and every `--image-root`, after resolving symbolic links."""
 
     code = "forbidden_path"
 
 
 class ForbiddenAddress(FetchError):
-    """The URL leads to an address that is not global and not opened by `--allow-private`."""
+    """The URL leads to a non-public address that `--allow-private` does not allow."""
 
     code = "forbidden_address"
 
@@ -179,161 +188,180 @@ class InvalidUrl(FetchError):
 
 
 class NameResolutionFailed(FetchError):
-    """The host's name cannot be resolved."""
+    """The host name cannot be resolved."""
 
     code = "name_resolution_failed"
     retryable = True
 
 
 class ConnectionFailed(FetchError):
-    """Connecting failed, TLS failed, or the connection broke, after all retries."""
+    """The connection failed, TLS failed, or the connection was lost, after all retries."""
 
     code = "connection_failed"
     retryable = True
 
 
 class HttpStatus(FetchError):
-    """The server answered with a status that a retry does not mend, such as 404. The message names it."""
+    """The server returned an HTTP status that is not worth a retry, such as 404."""
 
     code = "http_status"
 
 
 class HttpRetryable(FetchError):
-    """The server answered 408, 425, 429 or 5xx, after all retries. The message names the status."""
+    """The server returned 408, 425, 429 or 5xx, after all retries."""
 
     code = "http_retryable"
     retryable = True
 
 
 class FetchTimeout(FetchError):
-    """The picture did not arrive within the fetch deadline."""
+    """The image did not arrive within `--fetch-timeout`."""
 
     code = "fetch_timeout"
     retryable = True
 
 
 class TooManyBytes(FetchError):
-    """The picture has more bytes than `--max-image-bytes`."""
+    """The encoded image is larger than `--max-image-bytes`."""
 
     code = "too_many_bytes"
 
 
 class TooManyRedirects(FetchError):
-    """The server redirected too often."""
+    """The server redirected too many times."""
 
     code = "too_many_redirects"
 
 
 class EmptyImage(FetchError):
-    """The picture has no bytes."""
+    """The image has 0 bytes."""
 
     code = "empty_image"
 
 
 class NotAnImage(PrepareError):
-    """The bytes are no picture of a known format. The message tells what they look like, such as an HTML page."""
+    """The data is not an image of a supported format. The message says what it looks like, such as HTML."""
 
     code = "not_an_image"
 
 
 class TruncatedImage(PrepareError):
-    """The picture ends too early."""
+    """The image data ends too early."""
 
     code = "truncated_image"
 
 
 class CorruptImage(PrepareError):
-    """The picture's data cannot be decoded."""
+    """The image data cannot be decoded."""
 
     code = "corrupt_image"
 
 
 class TooManyPixels(PrepareError):
-    """The picture has more pixels than `--max-image-pixels`. Found in its header, before decoding."""
+    """The image has more pixels than `--max-image-pixels`, according to its header."""
 
     code = "too_many_pixels"
 
 
 class TooManyImages(PrepareError):
-    """The row has more pictures than the engine or `--max-images` allows."""
+    """The row has more images than `--max-images` or the engine allows."""
 
     code = "too_many_images"
 
 
 class PrepareTimeout(PrepareError):
-    """Decoding and preparing took longer than `--prepare-timeout`."""
+    """Decoding and preparing the row's images took longer than `--prepare-timeout`."""
 
     code = "prepare_timeout"
 
 
 class PrepareCrashed(PrepareError):
-    """The image worker died twice over this row, of memory or of a fault in a decoder."""
+    """An image worker crashed twice on this row: out of memory, or a bug in a decoder."""
 
     code = "prepare_crashed"
 
 
 class PrepareFailed(PrepareError):
-    """The model's own preparation raised an error. The message quotes it."""
+    """The model's image processor raised an error, which the message quotes."""
 
     code = "prepare_failed"
 
 
 class TooLarge(PrepareError):
-    """The row's pictures do not fit the arena (`--arena-bytes`)."""
+    """The row's images do not fit into the arena (`--arena-bytes`)."""
 
     code = "too_large"
 
 
 class ContextLengthExceeded(InferError):
-    """Prompt, pictures and history have more tokens than the model's context holds."""
+    """Prompt, images and previous turns have more tokens than the model's context length."""
 
     code = "context_length_exceeded"
 
 
 class RequestRefused(InferError):
-    """The engine takes the row's request for invalid. The message quotes it."""
+    """The engine rejected the request as invalid; the message quotes it."""
 
     code = "request_refused"
 
 
 class EngineError(InferError):
-    """The engine answered this row with an error. The message quotes it."""
+    """The engine reported an error for this row, which the message quotes."""
 
     code = "engine_error"
     retryable = True
 
 
 class EngineCrashed(InferError):
-    """The engine died twice over this row, the second time over this row alone."""
+    """The engine crashed on this row twice, the second time with no other row in it."""
 
     code = "engine_crashed"
 
 
 class RowTimeout(InferError):
-    """The row was longer in the engine than `--row-timeout`."""
+    """The row was in the engine for longer than `--row-timeout`."""
 
     code = "row_timeout"
     retryable = True
 
 
 class Unsupported(InferError):
-    """The engine cannot honour what this row asks for."""
+    """The engine does not support a setting of this row."""
 
     code = "unsupported"
 
 
 class GaveUpWaiting(InferError):
-    """Only rows waiting for a retry were left and the engine had idled `--max-idle-gpu`."""
+    """The row waited for a retry when the engine had been idle for `--max-idle-gpu`."""
 
     code = "gave_up_waiting"
     retryable = True
 
 
 def row_errors() -> Iterator[type[RowError]]:
-    """Every leaf of the tree of row errors, in the order of the stages.
+    """Yield every leaf class of `RowError`, in the order of the stages.
 
     >>> [error.code for error in row_errors()][:2]
     ['invalid_row', 'missing_prompt']
     """
     for stage in RowError.__subclasses__():
         yield from stage.__subclasses__()
+
+
+RENAMED_CODES = {
+    "corrupt_picture": CorruptImage.code,
+    "empty_picture": EmptyImage.code,
+    "not_a_picture": NotAnImage.code,
+    "too_many_pictures": TooManyImages.code,
+    "truncated_picture": TruncatedImage.code,
+}
+"""Error codes of version 0.1, which its outputs still contain, and their present spellings."""
+
+
+def current_code(code: str) -> str:
+    """Return the present spelling of an error code.
+
+    >>> current_code("corrupt_picture"), current_code("missing_file")
+    ('corrupt_image', 'missing_file')
+    """
+    return RENAMED_CODES.get(code, code)

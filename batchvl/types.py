@@ -1,7 +1,7 @@
-"""What the stages hand each other: a row of the manifest, a request to the engine, its response.
+"""The data that the stages exchange: a row of the manifest, a request to an engine, and its response.
 
-All of them are descriptors of about 1 KB: pixels and picture bytes lie in the arena (`images/arena.py`) and are
-named here by where they lie. They are msgspec structs, so they cross process borders as msgpack.
+All of these are small descriptors (about 1 KB): encoded images and pixels are in the arena (`ipc/arena.py`), and are
+referred to by their position. They are msgspec structs and cross process boundaries as msgpack.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from .errors import RowError
 
 
 class Struct(msgspec.Struct, omit_defaults=True, frozen=True):
-    """Base of everything that is handed over."""
+    """Base class of the exchanged structs."""
 
 
 class WebImage(Struct, frozen=True, tag="web"):
-    """A picture behind an http or https URL."""
+    """An image at an http or https URL."""
 
     url: str
 
 
 class FileImage(Struct, frozen=True, tag="file"):
-    """A picture in a file: an absolute path, or one relative to the manifest's folder."""
+    """An image in a file."""
 
     path: str
+    """An absolute path, or one relative to the manifest's directory."""
 
 
 class InlineImage(Struct, frozen=True, tag="inline"):
-    """A picture's encoded bytes from the manifest itself; `source` says where they stood, for people."""
+    """An encoded image that the manifest contains."""
 
     data: bytes
     source: str
+    """A description of its place in the manifest, for messages."""
 
 
 ImageRef = WebImage | FileImage | InlineImage
@@ -49,7 +51,7 @@ class Failure(Struct, frozen=True):
 
     @classmethod
     def of(cls, error: RowError) -> Failure:
-        """The failure that a row error stands for.
+        """Return the failure that an error describes.
 
         >>> from batchvl.errors import MissingFile
         >>> Failure.of(MissingFile("cat.jpg: no such file")).code
@@ -59,11 +61,11 @@ class Failure(Struct, frozen=True):
 
 
 class Sampling(Struct, frozen=True):
-    """How answers are drawn. The defaults are greedy decoding."""
+    """How an answer is generated. The default is greedy decoding."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    """0 is greedy; above 0 each row draws with a seed of its own."""
+    """0 is greedy decoding; above 0, each row uses its own seed."""
     top_p: float = 1.0
     top_k: int = 0
     """0 is no limit."""
@@ -73,99 +75,102 @@ class Sampling(Struct, frozen=True):
 
 
 class Row(Struct, frozen=True):
-    """One row of the manifest."""
+    """A row of the manifest."""
 
     number: int
-    """The row's identity: its place, from 0, over the manifest's files sorted by relative path."""
+    """The row's identity: its 0-based position in the manifest's files, sorted by relative path."""
     id: int | str | None = None
-    """A label."""
+    """The user's own label of the row."""
     prompt: str | list[str] | None = None
-    """A list is the turns of a conversation."""
+    """A list holds the user's turns of a conversation."""
     messages: list[Any] | None = None
-    """OpenAI chat form, instead of a prompt."""
+    """A chat in OpenAI's format, used instead of `prompt`."""
     images: tuple[ImageRef, ...] = ()
     generation: dict[str, Any] | None = None
     columns: dict[str, Any] = {}
-    """The columns that the prompt's template names."""
+    """The columns that the prompt template inserts."""
     kept: dict[str, Any] = {}
-    """The columns of `--keep`, for the output."""
+    """The columns of `--keep`, which are copied to the output."""
     failure: Failure | None = None
-    """Set where the row cannot be read: the other fields hold what could be."""
+    """Why the row cannot be read. The other fields then hold what could be read."""
 
     @property
     def inline_bytes(self) -> int:
-        """How many bytes of pictures the row itself carries."""
+        """Bytes of the images that the row itself contains."""
         return sum(len(image.data) for image in self.images if isinstance(image, InlineImage))
 
 
 class ContentPart(Struct, frozen=True):
-    """A piece of a message: text, or the row's picture with this number, from 0."""
+    """A part of a message: text, or an image."""
 
     text: str | None = None
     image: int | None = None
+    """0-based index into the row's images."""
 
 
 class Message(Struct, frozen=True):
-    """A message of a chat; role is "system", "user" or "assistant"."""
+    """A message of a chat."""
 
     role: str
+    """ "system", "user" or "assistant"."""
     parts: tuple[ContentPart, ...]
 
 
 class Extent(Struct, frozen=True):
-    """A run of bytes in the arena."""
+    """A contiguous range of bytes in the arena."""
 
     start: int
     length: int
 
 
 class Tensor(Struct, frozen=True):
-    """An array in the arena: C order, little endian, `offset` bytes after its extent's start."""
+    """An array in the arena, in C order and little endian."""
 
     name: str
     dtype: str
-    """numpy's name: "float32", "int64", …, or "bfloat16"."""
+    """numpy's name of the type, such as "float32" or "int64", or "bfloat16"."""
     shape: tuple[int, ...]
     offset: int
+    """Bytes from the start of its extent."""
 
 
 class Image(Struct, frozen=True):
-    """A picture as it was read: an element of the output column `images`."""
+    """Facts about an image as it was read: an element of the output column `images`."""
 
     source: str
-    """Without secrets: no user, password or query of a URL, no data."""
+    """Its URL or path without secrets: no credentials or query of a URL, no data."""
     sha256: str | None = None
-    """Of the encoded bytes."""
+    """Hash of the encoded image."""
     width: int | None = None
     height: int | None = None
-    """Pixels, after the EXIF orientation is applied."""
+    """Size in pixels, after EXIF orientation is applied."""
     bytes: int | None = None
-    """Of the encoded picture."""
+    """Size of the encoded image."""
 
 
 class Request(Struct, frozen=True):
-    """What the engine is asked for one row."""
+    """The request for one row, as an engine receives it."""
 
     row: int
     messages: tuple[Message, ...]
     """The conversation up to the first answer."""
     followups: tuple[Message, ...] = ()
-    """User messages, each asked after the answer to the one before."""
+    """User messages, each sent after the answer to the one before."""
     sampling: Sampling = Sampling()
     extent: Extent | None = None
-    """Where the prepared tensors lie, once there are any."""
+    """The place of the prepared tensors in the arena, if there are any."""
     tensors: tuple[Tensor, ...] = ()
     cache_salt: int = 0
-    """What an engine remembers of pictures is of use to rows with the same salt only."""
+    """An engine may reuse cached images only among requests with the same salt."""
 
 
 class Response(Struct, frozen=True):
-    """The engine's answer to one row: texts, one a turn, or a failure."""
+    """An engine's response to one row: one text per turn, or a failure."""
 
     row: int
     texts: tuple[str, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
     input_tokens: int | None = None
-    """Tokens of prompt and pictures, summed over the turns."""
+    """Tokens of prompt and images, summed over the turns."""
     output_tokens: int | None = None
     failure: Failure | None = None
