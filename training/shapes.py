@@ -206,7 +206,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> InternVLForConditionalGeneration:
 
 
 def save(model: InternVLForConditionalGeneration, tokenizer: Qwen2Tokenizer, directory: Path) -> None:
-    """Write a checkpoint that transformers 4 and 5, vLLM and LMDeploy read; the last wants architectures of both towers.
+    """Write a checkpoint that transformers 4 and 5, vLLM and LMDeploy read; LMDeploy needs both towers' architectures.
 
     The processor's files are written by hand because transformers would write the names of the classes used here.
     """
