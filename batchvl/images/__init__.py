@@ -1,1 +1,1 @@
-"""Pictures: fetched, held in the arena, decoded and prepared."""
+"""Images on their way from the manifest to the engine: fetched, decoded and prepared."""
