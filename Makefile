@@ -6,6 +6,7 @@
 #   JOBS=3              how many processes run the quick tests; 0 runs them in pytest's own
 #   ARGS="-k resume"    passed to pytest
 #   COVERAGE=1          measure coverage in `make test`; on by default in CI
+#   FUZZ=50             how many times as many examples as `make test` each property gets in `make fuzz`
 #   RUNS=500 SEED=7     how many runs `make crash` kills, and the seed of the moments at which it kills them
 
 SHELL := /bin/bash
@@ -17,6 +18,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
+FUZZ ?= 50
 RUNS ?= 500
 SEED ?=
 # More than a small machine has CPUs: most tests wait for processes that they have started.
@@ -41,7 +43,7 @@ TOOLS := .venv-tools
 parallel = -n $(JOBS) --dist worksteal
 PINS := requirements/base.txt requirements/dev.txt requirements/transformers.txt
 
-.PHONY: help demo test lint unit coverage test-all test-slow test-lmdeploy crash docs release hooks clean
+.PHONY: help demo test lint unit coverage test-all test-slow test-lmdeploy crash fuzz docs release hooks clean
 
 help:  ## this list
 	@echo 'make TARGET; the first use of a target builds its environment'
@@ -95,6 +97,9 @@ test-lmdeploy: $(MAIN)/.installed
 crash: $(MAIN)/.installed  ## kill -9 in RUNS runs and at every call to the disk; power failures, full disks
 	$(MAIN)/bin/python -m tests.crash --kills $(RUNS) $(if $(SEED),--seed $(SEED))
 	$(MAIN)/bin/python -m pytest -m crash tests/crash --ignore tests/crash/test_kills.py --ignore tests/crash/test_seam.py $(ARGS)
+
+fuzz: $(MAIN)/.installed  ## FUZZ times as many examples for each property: manifests, prompts, images, rows
+	FUZZ=$(FUZZ) $(MAIN)/bin/python -m pytest $(parallel) --timeout 0 $$(grep -rl --include='test_*.py' '^@given' tests) $(ARGS)
 
 docs: $(DOCS)/.installed  ## the documentation as a site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --site-dir build/site

@@ -3,14 +3,19 @@
 import contextlib
 import signal
 
+import hypothesis
 import pytest
 
 from . import timing
+from .fuzzing import examples
 
 # A shell starts background processes with SIGINT ignored, and a run inherits that, as it should. The tests' own runs
 # must react to SIGINT, wherever the tests are started from.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+hypothesis.settings.register_profile("fuzz", max_examples=examples(100), deadline=None)
+hypothesis.settings.load_profile("fuzz")
 
 
 def pytest_configure(config):

@@ -18,6 +18,7 @@ from PIL import Image, ImageFile
 from batchvl.config.options import ImageOptions
 from batchvl.errors import CorruptImage, NotAnImage, PrepareError, PrepareFailed, TooManyPixels, TruncatedImage
 from batchvl.images.decode import FORMATS, decode
+from tests.fuzzing import examples
 from tests.images.drawing import STORED, drawing, encoded
 from tests.timing import scaled
 
@@ -325,7 +326,7 @@ SEEDS = [encoded(drawing((24, 16)), format) for format in FORMATS]
 SEEDS.append(encoded(Image.new("P", (9, 9)), "PNG", transparency=0))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.sampled_from(SEEDS), st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=6)), max_size=4), st.floats(0, 1))
 def test_any_bytes_decode_or_raise_a_row_error(data: bytes, changes: list[tuple[float, bytes]], kept: float) -> None:
     for position, new in changes:

@@ -36,6 +36,7 @@ from batchvl.images.sources import source_label
 from batchvl.ipc.arena import Arena
 from batchvl.types import FileImage, InlineImage, WebImage
 from tests.faults.server import JUNK, FaultServer
+from tests.fuzzing import examples
 from tests.timing import scaled
 
 BLOCK = 4096
@@ -470,7 +471,7 @@ def test_labels_contain_no_secrets(url: str, label: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http://", "https://", ""])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.text(max_size=40))
 def test_any_url_raises_a_fetch_error(scheme: str, rest: str) -> None:
     # No name resolves and no network is allowed: this tests how odd text is handled.

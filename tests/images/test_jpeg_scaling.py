@@ -12,6 +12,7 @@ from PIL import Image, ImageChops
 from batchvl.config.options import ImageOptions, RunOptions
 from batchvl.errors import PrepareError, PrepareFailed, TooManyPixels, TruncatedImage
 from batchvl.images.decode import FORMATS, ResizeTarget, choose_scale, decode
+from tests.fuzzing import examples
 from tests.images.drawing import STORED, drawing, encoded
 
 FULL, DRAFT = ImageOptions(), ImageOptions(draft_decode=True)
@@ -72,7 +73,7 @@ def test_a_scale_that_changes_the_resized_size_is_not_chosen(resize_target: Resi
     assert choose_scale(4000, 3000, resize_target) == scale
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(*[st.integers(1, 70)] * 4, st.sampled_from(["RGB", "L", "CMYK"]), st.booleans())
 def test_the_result_is_never_smaller_than_the_resized_size(
     width: int, height: int, target_width: int, target_height: int, mode: str, progressive: bool
@@ -180,7 +181,7 @@ def test_truncated(kept: float, progressive: bool) -> None:
 SMALL = [encoded(drawing((40, 24)), "JPEG", progressive=progressive) for progressive in (False, True)]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(
     st.sampled_from(SMALL),
     st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), max_size=3),

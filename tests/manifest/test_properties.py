@@ -18,6 +18,7 @@ from batchvl.errors import ManifestError, PromptError
 from batchvl.manifest import Manifest
 from batchvl.prompts.prompter import Prompter
 from batchvl.types import Row
+from tests.fuzzing import examples
 from tests.manifest.writing import numbers
 
 ODD = (
@@ -52,7 +53,7 @@ good_rows = st.fixed_dictionaries(
 )
 columns = st.sampled_from(["id", "prompt", "messages", "images", "image", "generation", "k"])
 any_rows = st.dictionaries(columns, values, max_size=7)
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def read(path: Path, shards: int = 1, **options: Any) -> list[Row]:

@@ -14,6 +14,7 @@ from batchvl.prompts.prompter import Prompter
 from batchvl.prompts.template import template_columns
 from batchvl.prompts.tokens import IMAGE_TOKEN
 from batchvl.types import FileImage, Message, Request, Row
+from tests.fuzzing import examples
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<img>", "</s>", "x")
 
@@ -194,7 +195,7 @@ pieces = st.sampled_from([*SPECIAL, IMAGE_TOKEN, "<|im_", "end|>", "<", "|", "{v
 texts = st.lists(pieces, max_size=6).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(texts, texts, texts, st.integers(0, 3))
 def test_no_special_token_comes_from_a_row(literal: str, prompt: str, value: str, count: int) -> None:
     row = Row(0, prompt=prompt, images=images(count), columns={"v": value})
