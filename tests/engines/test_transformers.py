@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from batchvl.engines.transformers.generation import Generation
 from batchvl.engines.transformers.processor import load_processor
 from batchvl.types import ContentPart, Failure, Message, Request
-from tests.engines.in_process import Line, ask, line, picture, request
+from tests.engines.in_process import EngineHarness, draw_image, make_request, start_transformers, user_message
 from tests.tiny_models import CONTEXT, FAMILIES
 
 
@@ -23,28 +23,31 @@ def models(tmp_path_factory):
 
 @pytest.fixture(params=FAMILIES)
 async def tiny(request, models):
-    async with line(models[request.param]) as started:
+    async with start_transformers(models[request.param]) as started:
         yield started
 
 
 @pytest.fixture
 async def internvl(models):
-    async with line(models["internvl"]) as started:
+    async with start_transformers(models["internvl"]) as started:
         yield started
 
 
 MIXED = [
-    (request(0, ask("hello", 0)), [picture(28, 28, 1)]),
-    (request(1, ask("what is this then, tell me all", 0), max_new_tokens=5), [picture(90, 40, 2)]),
-    (request(2, ask("no image at all")), []),
-    (request(3, ask("two in one", 1, 0)), [picture(30, 90, 3), picture(56, 56, 4)]),
-    (request(4, ask("first", 0), ask("then"), ask("last")), [picture(57, 27, 5)]),
-    (request(5, ask("first", 0), ask("another later", 1)), [picture(20, 80, 6), picture(60, 60, 7)]),
-    (request(6, ask("words first"), ask("then an image", 0)), [picture(40, 40, 8)]),
+    (make_request(0, user_message("hello", 0)), [draw_image(28, 28, 1)]),
+    (make_request(1, user_message("what is this then, tell me all", 0), max_new_tokens=5), [draw_image(90, 40, 2)]),
+    (make_request(2, user_message("no image at all")), []),
+    (make_request(3, user_message("two in one", 1, 0)), [draw_image(30, 90, 3), draw_image(56, 56, 4)]),
+    (make_request(4, user_message("first", 0), user_message("then"), user_message("last")), [draw_image(57, 27, 5)]),
+    (
+        make_request(5, user_message("first", 0), user_message("another later", 1)),
+        [draw_image(20, 80, 6), draw_image(60, 60, 7)],
+    ),
+    (make_request(6, user_message("words first"), user_message("then an image", 0)), [draw_image(40, 40, 8)]),
 ]
 
 
-async def test_a_batch_of_mixed_rows_answers_as_each_row_alone(tiny: Line):
+async def test_a_batch_of_mixed_rows_answers_as_each_row_alone(tiny: EngineHarness):
     together = await tiny.ask(*MIXED)
 
     assert together == await tiny.ask_each(*MIXED)
@@ -52,8 +55,10 @@ async def test_a_batch_of_mixed_rows_answers_as_each_row_alone(tiny: Line):
     assert not [response.failure for response in together if response.failure]
 
 
-async def test_answers_depend_on_the_row_s_own_images(tiny: Line):
-    rows = [(request(row, ask("what?", 0)), [picture(40, 40, seed)]) for row, seed in enumerate((1, 2, 1))]
+async def test_answers_depend_on_the_row_s_own_images(tiny: EngineHarness):
+    rows = [
+        (make_request(row, user_message("what?", 0)), [draw_image(40, 40, seed)]) for row, seed in enumerate((1, 2, 1))
+    ]
 
     first, other, same = await tiny.ask(*rows)
 
@@ -61,13 +66,13 @@ async def test_answers_depend_on_the_row_s_own_images(tiny: Line):
     assert first.texts != other.texts
 
 
-async def test_images_are_shown_in_the_order_of_the_messages(tiny: Line):
-    images = [picture(40, 40, 1), picture(60, 30, 2)]
+async def test_images_are_shown_in_the_order_of_the_messages(tiny: EngineHarness):
+    images = [draw_image(40, 40, 1), draw_image(60, 30, 2)]
 
     first, second, swapped = await tiny.ask(
-        (request(0, ask("what?", 0, 1)), images),
-        (request(1, ask("what?", 1, 0)), images),
-        (request(2, ask("what?", 0, 1)), images[::-1]),
+        (make_request(0, user_message("what?", 0, 1)), images),
+        (make_request(1, user_message("what?", 1, 0)), images),
+        (make_request(2, user_message("what?", 0, 1)), images[::-1]),
     )
 
     assert first.texts != second.texts
@@ -77,10 +82,10 @@ async def test_images_are_shown_in_the_order_of_the_messages(tiny: Line):
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_turns_equal_the_whole_conversation_in_one_prompt(models, name):
     """The reference is transformers' own way: the processor's chat template and a greedy `generate` for each turn."""
-    turns = [ask("hello you", 0), ask("go on"), ask("and this?", 1)]
-    images = [picture(60, 30, 1), picture(40, 40, 2)]
-    async with line(models[name]) as started:
-        [response] = await started.ask((request(0, *turns), images))
+    turns = [user_message("hello you", 0), user_message("go on"), user_message("and this?", 1)]
+    images = [draw_image(60, 30, 1), draw_image(40, 40, 2)]
+    async with start_transformers(models[name]) as started:
+        [response] = await started.ask((make_request(0, *turns), images))
     processor, model = load_processor(str(models[name])), AutoModelForImageTextToText.from_pretrained(models[name])
     model.generation_config = GenerationConfig(
         eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
@@ -104,25 +109,27 @@ async def test_turns_equal_the_whole_conversation_in_one_prompt(models, name):
     assert response.input_tokens == input_tokens
 
 
-async def test_history_and_system_message_are_part_of_the_prompt(internvl: Line):
+async def test_history_and_system_message_are_part_of_the_prompt(internvl: EngineHarness):
     history = (
         Message("system", (ContentPart("be brief"),)),
-        ask("hello", 0),
+        user_message("hello", 0),
         Message("assistant", (ContentPart("a cat"),)),
-        ask("sure?"),
+        user_message("sure?"),
     )
-    without_history = request(0, ask("hello", 0))
+    without_history = make_request(0, user_message("hello", 0))
     with_history = Request(1, history, sampling=without_history.sampling)
 
-    short, long = await internvl.ask((without_history, [picture(28, 28)]), (with_history, [picture(28, 28)]))
+    short, long = await internvl.ask((without_history, [draw_image(28, 28)]), (with_history, [draw_image(28, 28)]))
 
     assert long.input_tokens == short.input_tokens + len("|system|be brief||a cat|||user|sure?|||assistant|")
     assert long.texts != short.texts
 
 
-async def test_answers_depend_on_the_seed_and_not_on_neighbours(tiny: Line):
+async def test_answers_depend_on_the_seed_and_not_on_neighbours(tiny: EngineHarness):
     def row(number: int, seed: int) -> tuple[Request, list]:
-        return request(number, ask("hello", 0), temperature=1.0, top_p=0.95, seed=seed), [picture(40, 40, 1)]
+        return make_request(number, user_message("hello", 0), temperature=1.0, top_p=0.95, seed=seed), [
+            draw_image(40, 40, 1)
+        ]
 
     alone = [(await tiny.ask(row(0, seed)))[0].texts for seed in (1, 2)]
     same, greedy, other, repeated = await tiny.ask(row(0, 1), MIXED[3], row(1, 2), row(2, 1))
@@ -132,23 +139,26 @@ async def test_answers_depend_on_the_seed_and_not_on_neighbours(tiny: Line):
     assert greedy == (await tiny.ask(MIXED[3]))[0]
 
 
-async def test_each_turn_samples_independently(internvl: Line):
-    [response] = await internvl.ask((request(0, ask("a"), ask("a"), temperature=50.0, seed=3), []))
+async def test_each_turn_samples_independently(internvl: EngineHarness):
+    [response] = await internvl.ask(
+        (make_request(0, user_message("a"), user_message("a"), temperature=50.0, seed=3), [])
+    )
 
     assert response.texts[0] != response.texts[1]
 
 
-async def test_stop_strings_span_tokens_and_shorten_the_history(internvl: Line):
+async def test_stop_strings_span_tokens_and_shorten_the_history(internvl: EngineHarness):
     whole, history = await internvl.ask(
-        (request(0, ask("hello", 0)), [picture(28, 28)]), (request(1, ask("hello", 0), ask("more")), [picture(28, 28)])
+        (make_request(0, user_message("hello", 0)), [draw_image(28, 28)]),
+        (make_request(1, user_message("hello", 0), user_message("more")), [draw_image(28, 28)]),
     )
     text = whole.texts[0]
     stop = text[4:7]
 
     cut, untouched, turns = await internvl.ask(
-        (request(0, ask("hello", 0), stop=("nowhere to be found", stop)), [picture(28, 28)]),
-        (request(1, ask("hello", 0), stop=("nowhere to be found",)), [picture(28, 28)]),
-        (request(2, ask("hello", 0), ask("more"), stop=(stop,)), [picture(28, 28)]),
+        (make_request(0, user_message("hello", 0), stop=("nowhere to be found", stop)), [draw_image(28, 28)]),
+        (make_request(1, user_message("hello", 0), stop=("nowhere to be found",)), [draw_image(28, 28)]),
+        (make_request(2, user_message("hello", 0), user_message("more"), stop=(stop,)), [draw_image(28, 28)]),
     )
 
     assert cut.texts[0] == text[: text.index(stop)]
@@ -159,11 +169,12 @@ async def test_stop_strings_span_tokens_and_shorten_the_history(internvl: Line):
     assert turns.input_tokens < history.input_tokens
 
 
-async def test_end_tokens_end_an_answer_and_are_not_part_of_its_text(internvl: Line):
+async def test_end_tokens_end_an_answer_and_are_not_part_of_its_text(internvl: EngineHarness):
     """At a high temperature every token is sampled sooner or later, including the model's end token."""
     sampling = {"temperature": 30.0, "seed": 2, "max_new_tokens": 400}
     ended, sooner = await internvl.ask(
-        (request(0, ask("x"), **sampling), []), (request(1, ask("x"), **sampling, stop=("<video>", "<img>")), [])
+        (make_request(0, user_message("x"), **sampling), []),
+        (make_request(1, user_message("x"), **sampling, stop=("<video>", "<img>")), []),
     )
 
     assert ended.finish_reason == sooner.finish_reason == "stop"
@@ -171,9 +182,10 @@ async def test_end_tokens_end_an_answer_and_are_not_part_of_its_text(internvl: L
     assert sooner.output_tokens < ended.output_tokens < 400
 
 
-async def test_each_row_has_its_own_max_new_tokens(internvl: Line):
+async def test_each_row_has_its_own_max_new_tokens(internvl: EngineHarness):
     rows = [
-        (request(row, ask("hello", 0), max_new_tokens=count), [picture(28, 28)]) for row, count in enumerate((9, 1, 4))
+        (make_request(row, user_message("hello", 0), max_new_tokens=count), [draw_image(28, 28)])
+        for row, count in enumerate((9, 1, 4))
     ]
 
     responses = await internvl.ask(*rows)
@@ -183,11 +195,11 @@ async def test_each_row_has_its_own_max_new_tokens(internvl: Line):
     assert responses[0].texts[0].startswith(responses[2].texts[0])
 
 
-async def test_only_a_row_too_long_for_the_context_fails(internvl: Line):
+async def test_only_a_row_too_long_for_the_context_fails(internvl: EngineHarness):
     fitting, long, late = await internvl.ask(
-        (request(0, ask("hello", 0)), [picture(28, 28)]),
-        (request(1, ask("x" * CONTEXT)), []),
-        (request(2, ask("hello"), ask("x" * CONTEXT)), []),
+        (make_request(0, user_message("hello", 0)), [draw_image(28, 28)]),
+        (make_request(1, user_message("x" * CONTEXT)), []),
+        (make_request(2, user_message("hello"), user_message("x" * CONTEXT)), []),
     )
 
     assert fitting.texts
@@ -196,15 +208,18 @@ async def test_only_a_row_too_long_for_the_context_fails(internvl: Line):
     assert len(late.texts) == 1
 
 
-async def test_an_answer_ends_where_the_context_does(internvl: Line):
-    [response] = await internvl.ask((request(0, ask("x" * (CONTEXT - 40)), max_new_tokens=400), []))
+async def test_an_answer_ends_where_the_context_does(internvl: EngineHarness):
+    [response] = await internvl.ask((make_request(0, user_message("x" * (CONTEXT - 40)), max_new_tokens=400), []))
 
     assert response.finish_reason == "length"
     assert response.input_tokens + response.output_tokens == CONTEXT
 
 
-async def test_finished_rows_are_returned_early_and_a_running_row_can_be_aborted(internvl: Line):
-    rows = [(request(0, ask("long"), max_new_tokens=450), []), (request(1, ask("short"), max_new_tokens=1), [])]
+async def test_finished_rows_are_returned_early_and_a_running_row_can_be_aborted(internvl: EngineHarness):
+    rows = [
+        (make_request(0, user_message("long"), max_new_tokens=450), []),
+        (make_request(1, user_message("short"), max_new_tokens=1), []),
+    ]
     responses = []
 
     async for response in internvl.infer(rows):
@@ -215,12 +230,15 @@ async def test_finished_rows_are_returned_early_and_a_running_row_can_be_aborted
     assert responses[1].failure == Failure("row_timeout", "engine", "aborted", retryable=True)
 
 
-async def test_a_pending_row_can_be_aborted(internvl: Line):
+async def test_a_pending_row_can_be_aborted(internvl: EngineHarness):
     long = internvl.infer(
-        [(request(0, ask("long"), max_new_tokens=450), []), (request(1, ask("s"), max_new_tokens=1), [])]
+        [
+            (make_request(0, user_message("long"), max_new_tokens=450), []),
+            (make_request(1, user_message("s"), max_new_tokens=1), []),
+        ]
     )
     assert (await anext(long)).row == 1
-    waiting = internvl.infer([(request(2, ask("x")), []), (request(3, ask("x")), [])])
+    waiting = internvl.infer([(make_request(2, user_message("x")), []), (make_request(3, user_message("x")), [])])
     first = anext(waiting)  # a coroutine: the requests are sent once it is awaited
 
     async def abort_soon():
@@ -237,10 +255,12 @@ async def test_a_pending_row_can_be_aborted(internvl: Line):
     assert [response.row async for response in waiting] == [3]
 
 
-async def test_only_the_row_that_breaks_the_model_fails(internvl: Line):
-    question = (request(0, ask("hello", 0)), [picture(28, 28)])
+async def test_only_the_row_that_breaks_the_model_fails(internvl: EngineHarness):
+    question = (make_request(0, user_message("hello", 0)), [draw_image(28, 28)])
     [expected] = await internvl.ask(question)
-    broken, *good = [await internvl.prepared(request(row, ask("hello", 0)), [picture(28, 28)]) for row in (1, 0, 2)]
+    broken, *good = [
+        await internvl.prepare(make_request(row, user_message("hello", 0)), [draw_image(28, 28)]) for row in (1, 0, 2)
+    ]
     [ids] = [tensor for tensor in broken.tensors if tensor.name == "input_ids"]
     internvl.arena.at(broken.extent)[ids.offset : ids.offset + 4] = (10**6).to_bytes(4, "little")  # no such token
 
@@ -252,14 +272,14 @@ async def test_only_the_row_that_breaks_the_model_fails(internvl: Line):
 
 
 async def test_more_requests_than_a_batch_holds_are_all_answered(models):
-    async with line(models["internvl"], batch_size=3) as started:
+    async with start_transformers(models["internvl"], batch_size=3) as started:
         assert started.info.batch_size == 3
         together = await started.ask(*MIXED)
         assert together == await started.ask_each(*MIXED)
 
 
 async def test_pending_short_batches_are_merged_into_one(models, monkeypatch):
-    async with line(models["internvl"], batch_size=3) as started:
+    async with start_transformers(models["internvl"], batch_size=3) as started:
         answer, batches = Generation.answer, []
 
         def spy(generation, rows, *callbacks):
@@ -267,8 +287,8 @@ async def test_pending_short_batches_are_merged_into_one(models, monkeypatch):
             answer(generation, rows, *callbacks)
 
         monkeypatch.setattr(Generation, "answer", spy)
-        questions = [(request(row, ask("go on")), []) for row in range(1, 8)]
-        first = started.infer([(request(0, ask("a"), max_new_tokens=300), []), questions[0]])
+        questions = [(make_request(row, user_message("go on")), []) for row in range(1, 8)]
+        first = started.infer([(make_request(0, user_message("a"), max_new_tokens=300), []), questions[0]])
         assert (await anext(first)).row == 1  # so the other is being answered
         short = [asyncio.create_task(started.ask(question)) for question in questions[1:]]
         while started.engine.pending < 6:
@@ -280,7 +300,7 @@ async def test_pending_short_batches_are_merged_into_one(models, monkeypatch):
 
 
 async def test_bfloat16_goes_through_the_arena(models):
-    async with line(models["qwen2_5_vl"], dtype="bfloat16") as started:
+    async with start_transformers(models["qwen2_5_vl"], dtype="bfloat16") as started:
         arrays = started.preparation.prepare(*MIXED[0])
         [response] = await started.ask(MIXED[0])
 
@@ -289,7 +309,7 @@ async def test_bfloat16_goes_through_the_arena(models):
     assert started.info.dtype == "bfloat16"
 
 
-async def test_engine_info(internvl: Line):
+async def test_engine_info(internvl: EngineHarness):
     info = internvl.info
 
     assert (info.engine, info.backend, info.dtype, info.context) == ("transformers", "cpu", "float32", CONTEXT)

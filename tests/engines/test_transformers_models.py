@@ -24,7 +24,7 @@ from batchvl.engines.transformers.preparation import ProcessorPreparation
 from batchvl.errors import EngineUnavailable, ModelError, OptionError, Unsupported
 from batchvl.images.decode import decode
 from batchvl.ipc.arena import Arena
-from tests.engines.in_process import ask, line, picture, request
+from tests.engines.in_process import draw_image, make_request, start_transformers, user_message
 from tests.tiny_models import FAMILIES
 
 
@@ -187,8 +187,8 @@ async def test_attention_and_threads_can_be_set(models, monkeypatch):
         answer(*args)
 
     monkeypatch.setattr(Generation, "answer", spy)
-    async with line(models["smolvlm"], options={"attention": "eager", "threads": "1"}) as started:
-        assert (await started.ask((request(0, ask("hello", 0)), [picture(28, 28)])))[0].texts
+    async with start_transformers(models["smolvlm"], options={"attention": "eager", "threads": "1"}) as started:
+        assert (await started.ask((make_request(0, user_message("hello", 0)), [draw_image(28, 28)])))[0].texts
 
     assert set(threads) == {1}
 
@@ -210,7 +210,7 @@ def test_families_are_recognised(models, name, family):
     ],
 )
 def test_max_tiles(models, name, limits, shapes):
-    question = request(0, ask("hello", 0)), [picture(600, 600)]
+    question = make_request(0, user_message("hello", 0)), [draw_image(600, 600)]
 
     found = [
         ProcessorPreparation(str(models[name]), max_tiles=limit).prepare(*question)["pixel_values"].shape
@@ -224,7 +224,7 @@ def test_max_tiles(models, name, limits, shapes):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_images_decoded_at_a_reduced_size_become_the_same_tokens_and_tiles(models, name, max_tiles):
     preparation = ProcessorPreparation(str(models[name]), max_tiles=max_tiles)
-    coarse, drafted = picture(6, 4), 0
+    coarse, drafted = draw_image(6, 4), 0
 
     for size in [(1280, 960), (1281, 959), (600, 800), (2600, 1700), (301, 99), (60, 40), (40, 9000)]:
         file = io.BytesIO()
@@ -234,7 +234,9 @@ def test_images_decoded_at_a_reduced_size_become_the_same_tokens_and_tiles(model
         if draft.size != size:
             drafted += 1
             assert all(have >= want for have, want in zip(draft.size, preparation.resized_size(*size), strict=True))
-            found, expected = (preparation.prepare(request(0, ask("hello", 0)), [it]) for it in (draft, whole))
+            found, expected = (
+                preparation.prepare(make_request(0, user_message("hello", 0)), [it]) for it in (draft, whole)
+            )
             assert {key: array.shape for key, array in found.items()} == {k: a.shape for k, a in expected.items()}
             assert found["input_ids"].tolist() == expected["input_ids"].tolist()
             assert numpy.abs(found["pixel_values"] - expected["pixel_values"]).mean() < 0.05
@@ -248,7 +250,7 @@ def test_the_size_that_an_image_is_scaled_to(models, name):
 
     for size in [(28, 28), (1, 1), (29, 31), (84, 28), (57, 111), (112, 113), (640, 480), (333, 777), (1000, 300)]:
         columns, rows = preparation.resized_size(*size)
-        arrays = preparation.prepare(request(0, ask("hello", 0)), [picture(*size)])
+        arrays = preparation.prepare(make_request(0, user_message("hello", 0)), [draw_image(*size)])
         if name == "qwen2_5_vl":
             assert arrays["image_grid_thw"].tolist() == [[1, rows // 4, columns // 4]]
         else:
@@ -278,7 +280,7 @@ async def test_the_preparation_spec_has_the_engine_s_options(models):
 
 
 def test_pixels_are_rounded_to_bfloat16_like_torch_does(models):
-    question = request(0, ask("hello", 0)), [picture(60, 60)]
+    question = make_request(0, user_message("hello", 0)), [draw_image(60, 60)]
     full, half = (
         ProcessorPreparation(str(models["internvl"]), dtype).prepare(*question) for dtype in ("float32", "bfloat16")
     )
@@ -289,9 +291,9 @@ def test_pixels_are_rounded_to_bfloat16_like_torch_does(models):
 
 def test_prompts_are_cut_at_the_answers(models):
     preparation = ProcessorPreparation(str(models["internvl"]))
-    turns = request(0, ask("one", 0), ask("two"), ask("three", 1))
+    turns = make_request(0, user_message("one", 0), user_message("two"), user_message("three", 1))
 
-    arrays = preparation.prepare(turns, [picture(28, 28), picture(60, 60)])
+    arrays = preparation.prepare(turns, [draw_image(28, 28), draw_image(60, 60)])
 
     tokenizer = preparation.processor.tokenizer
     first, second, third = numpy.split(arrays["input_ids"], numpy.cumsum(arrays["input_ids.turns"])[:-1])
@@ -309,9 +311,9 @@ def test_a_template_without_answers_is_refused_for_several_turns_only(copy):
     )
     preparation = ProcessorPreparation(str(copy))
 
-    assert preparation.prepare(request(0, ask("one", 0)), [picture(28, 28)])
+    assert preparation.prepare(make_request(0, user_message("one", 0)), [draw_image(28, 28)])
     with pytest.raises(Unsupported, match="no place for the answers"):
-        preparation.prepare(request(0, ask("one"), ask("two")), [])
+        preparation.prepare(make_request(0, user_message("one"), user_message("two")), [])
 
 
 def test_the_answer_token_in_a_prompt_is_refused(models):
@@ -319,12 +321,14 @@ def test_the_answer_token_in_a_prompt_is_refused(models):
     token = preparation.processor.tokenizer.pad_token
 
     with pytest.raises(Unsupported, match="holds the special token"):
-        preparation.prepare(request(0, ask(f"one {token}"), ask("two")), [])
+        preparation.prepare(make_request(0, user_message(f"one {token}"), user_message("two")), [])
 
 
 def test_arrays_are_contiguous(models):
     for name in FAMILIES:
-        arrays = ProcessorPreparation(str(models[name])).prepare(request(0, ask("x", 0)), [picture(80, 30)])
+        arrays = ProcessorPreparation(str(models[name])).prepare(
+            make_request(0, user_message("x", 0)), [draw_image(80, 30)]
+        )
         assert all(array.flags.c_contiguous for array in arrays.values())
         assert {array.dtype.name for array in arrays.values()} <= {"int32", "int64", "float32", "bool"}
 

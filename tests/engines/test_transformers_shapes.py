@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from batchvl.shapes import MODEL, scenes
-from tests.engines.in_process import ask, line, request
+from tests.engines.in_process import make_request, start_transformers, user_message
 
 pytestmark = pytest.mark.skipif(
     not (MODEL / "model.safetensors").exists(), reason="the model is not in the working tree"
@@ -20,8 +20,8 @@ async def test_new_images_are_described_correctly():
         scene = scenes.make_scene(rng)
         expected.append(scenes.caption(scene))
         drawn = scenes.draw_scene(scene, 150, 140, rng)
-        questions.append((request(row, ask("Describe this image.", 0), max_new_tokens=48), [drawn]))
-    async with line(MODEL, megabytes=64, batch_size=25) as started:
+        questions.append((make_request(row, user_message("Describe this image.", 0), max_new_tokens=48), [drawn]))
+    async with start_transformers(MODEL, megabytes=64, batch_size=25) as started:
         answers = [response.texts[0].strip() for response in await started.ask(*questions)]
 
     right = sum(answer == truth for answer, truth in zip(answers, expected, strict=True))
@@ -36,9 +36,9 @@ async def test_later_turns_are_about_the_row_s_image():
         expected.append(tuple(answer for _, answer in turns))
         drawn = scenes.draw_scene(scene, 140, 140, rng)
         first, *later = [question for question, _ in turns]
-        messages = [ask(first, 0), *map(ask, later)]
-        questions.append((request(row, *messages, max_new_tokens=48), [drawn]))
-    async with line(MODEL, megabytes=64) as started:
+        messages = [user_message(first, 0), *map(user_message, later)]
+        questions.append((make_request(row, *messages, max_new_tokens=48), [drawn]))
+    async with start_transformers(MODEL, megabytes=64) as started:
         answers = [tuple(text.strip() for text in response.texts) for response in await started.ask(*questions)]
 
     assert sum(answer == truth for answer, truth in zip(answers, expected, strict=True)) >= 11

@@ -15,7 +15,7 @@ from batchvl.engines.transformers import TransformersEngine
 from batchvl.images.messages import Source, WorkerLimits
 from batchvl.images.worker_pool import ImageWorkers
 from batchvl.ipc.arena import Arena
-from tests.engines.in_process import ask, line, picture, request
+from tests.engines.in_process import draw_image, make_request, start_transformers, user_message
 from tests.tiny_models import FAMILIES
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "qwen2_5_vl")]
@@ -31,9 +31,11 @@ def log(tmp_path):
 @pytest.mark.parametrize("name", ["smolvlm", *SLOW])
 async def test_workers_prepare_what_the_engine_reads(tmp_path, log, name):
     model = FAMILIES[name](tmp_path / "model")
-    images = [picture(90, 40, seed) for seed in range(3)]
-    requests = [request(row, ask("hello", 0), ask("and now?")) for row in range(3)] + [request(3, ask("no image"))]
-    async with line(model) as started:
+    images = [draw_image(90, 40, seed) for seed in range(3)]
+    requests = [make_request(row, user_message("hello", 0), user_message("and now?")) for row in range(3)] + [
+        make_request(3, user_message("no image"))
+    ]
+    async with start_transformers(model) as started:
         expected = await started.ask(*((req, images[req.row : req.row + 1]) for req in requests))
 
     encoded, prepared = Arena(8, 4096), Arena(64)
