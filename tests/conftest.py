@@ -3,7 +3,6 @@
 import contextlib
 import signal
 
-import hypothesis
 import pytest
 
 from . import timing
@@ -14,8 +13,11 @@ from .fuzzing import examples
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-hypothesis.settings.register_profile("fuzz", max_examples=examples(100), deadline=None)
-hypothesis.settings.load_profile("fuzz")
+with contextlib.suppress(ModuleNotFoundError):  # the tests on a GPU machine do without it
+    import hypothesis
+
+    hypothesis.settings.register_profile("fuzz", max_examples=examples(100), deadline=None)
+    hypothesis.settings.load_profile("fuzz")
 
 
 def pytest_configure(config):
