@@ -67,7 +67,7 @@ def find_files(source: str | Path) -> Files:
         if path.is_file():
             format = format_of(path.name)
             if format is None or format == "images":
-                raise ManifestError(f"{path}: not a manifest by its name; want {SUPPORTED}")
+                raise ManifestError(f"{path}: not a manifest by its name; expected {SUPPORTED}")
             return Files(path.parent, format, (path.name,))
         if path.is_dir():
             return _files_of_one_format(path, walk(path), f"{path}: the directory", lazy=True)
@@ -162,11 +162,11 @@ def _files_of_one_format(directory: Path, names: Iterable[str], what: str, *, la
     if len(set(formats.values())) > 1:
         raise ManifestError(
             f"{what} has manifests of several formats ({', '.join(sorted(set(formats.values())))}, "
-            f"such as {manifests[0]}); want one: select it with a glob, such as 'directory/*.parquet'"
+            f"such as {manifests[0]}); expected one: select it with a glob, such as 'directory/*.parquet'"
         )
     if manifests:
         return Files(directory, formats[manifests[0]], tuple(manifests))
     if images:
         return Files(directory, "images", None if lazy else tuple(images))
     found = ", ".join(sorted(others)[:5]) or "nothing"
-    raise ManifestError(f"{what} has neither a manifest nor an image; found {found}, want {SUPPORTED}")
+    raise ManifestError(f"{what} has neither a manifest nor an image; found {found}, expected {SUPPORTED}")

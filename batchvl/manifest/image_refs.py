@@ -51,7 +51,7 @@ def image_of(value: Any, where: str) -> ImageRef:
         return InlineImage(value, f"{where} ({len(value)} bytes)")
     if isinstance(value, dict) and not value.keys().isdisjoint(("bytes", "path")):
         return _from_struct(value.get("bytes"), value.get("path"), where)
-    raise InvalidRow(f"{where}: found {_kind(value)}, want a URL, a path, a data URI, bytes or {{bytes, path}}")
+    raise InvalidRow(f"{where}: found {_kind(value)}, expected a URL, a path, a data URI, bytes or {{bytes, path}}")
 
 
 def _from_struct(data: Any, path: Any, where: str) -> ImageRef:
@@ -60,7 +60,7 @@ def _from_struct(data: Any, path: Any, where: str) -> ImageRef:
         return InlineImage(data, path if isinstance(path, str) and path else f"{where} ({len(data)} bytes)")
     if data is None and isinstance(path, str):
         return _from_text(path, where)
-    raise InvalidRow(f"{where}: found {{bytes: {_kind(data)}, path: {_kind(path)}}}, want bytes or a path")
+    raise InvalidRow(f"{where}: found {{bytes: {_kind(data)}, path: {_kind(path)}}}, expected bytes or a path")
 
 
 def _from_text(text: str, where: str) -> ImageRef:
@@ -70,7 +70,7 @@ def _from_text(text: str, where: str) -> ImageRef:
     if head.startswith("data:"):
         return InlineImage(*decode_data_uri(text))
     if not text:
-        raise InvalidRow(f"{where}: found an empty string, want a URL or a path")
+        raise InvalidRow(f"{where}: found an empty string, expected a URL or a path")
     if "\0" in text:
         raise InvalidRow(f"{where}: found a path with a NUL character")
     scheme = _SCHEME.match(text)
@@ -78,14 +78,14 @@ def _from_text(text: str, where: str) -> ImageRef:
         return FileImage(text)
     if scheme[1].lower() == "file":
         return _from_file_url(text[scheme.end() :], where)
-    raise UnsupportedSource(f"{where}: {scheme[1]}:// is not supported; want http, https, file, data or a path")
+    raise UnsupportedSource(f"{where}: {scheme[1]}:// is not supported; expected http, https, file, data or a path")
 
 
 def _from_file_url(rest: str, where: str) -> FileImage:
     host, slash, path = rest.partition("/")
     if slash and host.lower() in ("", "localhost"):
         return FileImage("/" + unquote(path))
-    raise UnsupportedSource(f"{where}: found a file URL of another host, want file:///path")
+    raise UnsupportedSource(f"{where}: found a file URL of another host, expected file:///path")
 
 
 def decode_data_uri(text: str) -> tuple[bytes, str]:
@@ -102,7 +102,7 @@ def decode_data_uri(text: str) -> tuple[bytes, str]:
     scheme, colon, rest = text.strip().partition(":")
     head, comma, body = rest.partition(",")
     if scheme.lower() != "data" or not colon:
-        raise InvalidDataUri(f"data URI: found {text[:16]!r}, want it to begin with 'data:'")
+        raise InvalidDataUri(f"data URI: found {text[:16]!r}, expected it to begin with 'data:'")
     if not comma:
         raise InvalidDataUri("data URI: no comma between the media type and the data")
     media_type, *parameters = (piece.strip().lower() for piece in head.split(";"))

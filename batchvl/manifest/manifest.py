@@ -78,7 +78,7 @@ class Manifest:
         columns = choose_columns(options, template, reader.available, str(source))
         if not columns.has_prompts and not columns.images and not columns.image and not template:
             raise ManifestError(
-                f"{source}: neither prompts nor images; the columns are {quote_names(reader.available)}; want "
+                f"{source}: neither prompts nor images; the columns are {quote_names(reader.available)}; expected "
                 "'prompt', 'messages', 'images' or 'image': map others with --prompt-column, --messages-column or "
                 "--image-column"
             )
@@ -144,7 +144,7 @@ class Manifest:
             if hash(id) in suspects and seen.setdefault(id, number) != number:
                 raise ManifestError(
                     f"column {self._options.id_column!r}: rows {seen[id]} and {number} (from 0) have the same id "
-                    f"{id!r:.80}; want unique ids, or another column with --id-column"
+                    f"{id!r:.80}; expected unique ids, or another column with --id-column"
                 )
 
     def _ids(self) -> Iterator[tuple[int, int | str]]:

@@ -115,7 +115,7 @@ class RowMaker:
             return None
         is_short = kind in (int, str, float, bool) and len(str(value)) <= _MAX_SHOWN
         wanted = "a string" if self._id_type == "string" else "a 64-bit integer, as the first rows have"
-        raise InvalidRow(f"id: found {repr(value) if is_short else kind.__name__}, want {wanted}")
+        raise InvalidRow(f"id: found {repr(value) if is_short else kind.__name__}, expected {wanted}")
 
     def _parse_images(self, cell: Any, column: str) -> list[ImageRef]:
         if self._json_lists and type(cell) is str and cell.lstrip()[:1] == "[":
@@ -137,11 +137,11 @@ def _parse_json(text: str, column: str, error: type[RowError]) -> Any:
 
 def _parse_turns(prompt: Any) -> list[str]:
     if not isinstance(prompt, list):
-        raise InvalidRow(f"prompt: found {type(prompt).__name__}, want a string or a list of strings")
+        raise InvalidRow(f"prompt: found {type(prompt).__name__}, expected a string or a list of strings")
     for turn in prompt:
         if type(turn) is not str:
             kind = "null" if turn is None else type(turn).__name__
-            raise InvalidRow(f"prompt: found a list with {kind}, want a string or a list of strings")
+            raise InvalidRow(f"prompt: found a list with {kind}, expected a string or a list of strings")
     return prompt
 
 
@@ -151,7 +151,7 @@ def _parse_generation(generation: Any) -> dict[str, Any]:
     if isinstance(generation, list) and all(isinstance(pair, tuple) for pair in generation):
         generation = dict(generation)  # an Arrow map
     if not isinstance(generation, dict):
-        raise InvalidRow(f"generation: found {type(generation).__name__}, want an object of sampling settings")
+        raise InvalidRow(f"generation: found {type(generation).__name__}, expected an object of sampling settings")
     return {name: value for name, value in generation.items() if value is not None}
 
 
@@ -159,5 +159,5 @@ def _parse_messages(messages: Any) -> list[Any]:
     if type(messages) is str:
         messages = _parse_json(messages, "messages", InvalidMessages)
     if not isinstance(messages, list):
-        raise InvalidMessages(f"messages: found {type(messages).__name__}, want a list of messages")
+        raise InvalidMessages(f"messages: found {type(messages).__name__}, expected a list of messages")
     return messages

@@ -28,22 +28,24 @@ def parse_chat(messages: list[Any]) -> list[ChatMessage]:
     chat = [_parse_message(at, message) for at, message in enumerate(messages)]
     if not chat or chat[-1].role != "user":
         found = f"a message of the {chat[-1].role}" if chat else "nothing"
-        raise InvalidMessages(f"messages: end with {found}, want the user's turn")
+        raise InvalidMessages(f"messages: end with {found}, expected the user's turn")
     return chat
 
 
 def _parse_message(at: int, message: Any) -> ChatMessage:
     if not isinstance(message, dict):
-        raise InvalidMessages(f"messages[{at}]: found {type(message).__name__}, want an object with role and content")
+        raise InvalidMessages(
+            f"messages[{at}]: found {type(message).__name__}, expected an object with role and content"
+        )
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES or (role == "system" and at):
         where = " (system only at the beginning)" if role == "system" else ""
-        raise InvalidMessages(f"messages[{at}]: found role {role!r:.40}, want system, user or assistant{where}")
+        raise InvalidMessages(f"messages[{at}]: found role {role!r:.40}, expected system, user or assistant{where}")
     if isinstance(content, str):
         return ChatMessage(role, [content])
     if not isinstance(content, list):
         kind = type(content).__name__
-        raise InvalidMessages(f"messages[{at}]: found content of type {kind}, want a string or a list of parts")
+        raise InvalidMessages(f"messages[{at}]: found content of type {kind}, expected a string or a list of parts")
     return ChatMessage(role, _parse_parts(at, role, content))
 
 
@@ -59,8 +61,12 @@ def _parse_parts(at: int, role: str, content: list[Any]) -> list[str | int]:
                 parts.append(part["text"])
         elif kind == "image" and type(part.get("image")) is int:
             if role != "user":
-                raise InvalidMessages(f"messages[{at}]: found an image in a message of the {role}, want it in a user's")
+                raise InvalidMessages(
+                    f"messages[{at}]: found an image in a message of the {role}, expected it in a user's"
+                )
             parts.append(part["image"])
         else:
-            raise InvalidMessages(f"messages[{at}]: found a part of type {kind!r:.40}, want text, image_url or image")
+            raise InvalidMessages(
+                f"messages[{at}]: found a part of type {kind!r:.40}, expected text, image_url or image"
+            )
     return parts or [""]

@@ -39,7 +39,7 @@ class Prompter:
 
     def __init__(self, options: PromptOptions, settings: SamplingOptions, special_tokens: Iterable[str] = ()) -> None:
         if options.prompt is not None and not options.prompt.strip():
-            raise OptionError("--prompt: is empty; want a question")
+            raise OptionError("--prompt: is empty; expected a question")
         if options.system is not None and IMAGE_TOKEN in options.system:
             raise OptionError(f"--system: found {IMAGE_TOKEN}, which only a prompt may have")
         self._options, self._sampling = options, RowSampling(settings)
@@ -93,7 +93,7 @@ class Prompter:
         if slots == 0:
             return [self._lead(images if at == 0 else 0, _text_of(turn)) for at, turn in enumerate(turns)]
         if slots != images:
-            raise ImageCountMismatch(f"found {slots} {IMAGE_TOKEN}, want {images}, one for each image of the row")
+            raise ImageCountMismatch(f"found {slots} {IMAGE_TOKEN}, expected {images}, one for each image of the row")
         numbers = iter(range(images))
         return [_parts([next(numbers) if piece is Slot.IMAGE else piece for piece in turn]) for turn in turns]
 
@@ -157,7 +157,7 @@ class Prompter:
         leading = numbers[0]
         if numbers != list(range(leading, images)):
             raise ImageCountMismatch(
-                f"found {pluralize(len(numbers), 'image part')} in messages, want {images - leading}"
+                f"found {pluralize(len(numbers), 'image part')} in messages, expected {images - leading}"
             )
         contents = [_parts(turn) for turn in turns]
         if leading:

@@ -30,7 +30,7 @@ def run_sampling(options: SamplingOptions) -> Sampling:
         OptionError: A stop string is empty.
     """
     if not all(options.stop):
-        raise OptionError("--stop: found an empty string, want text that ends an answer")
+        raise OptionError("--stop: found an empty string, expected text that ends an answer")
     return _normalize(Sampling(**{name: getattr(options, name) for name in _SETTINGS}))
 
 
@@ -77,9 +77,9 @@ def _parse(generation: dict[str, Any]) -> dict[str, Any]:
         name = _ALIASES.get(key, key)
         if name not in _SETTINGS:
             known = ", ".join((*_SETTINGS, *_ALIASES))
-            raise InvalidGeneration(f"generation: unknown setting {key!r:.60}; want {known}")
+            raise InvalidGeneration(f"generation: unknown setting {key!r:.60}; expected {known}")
         if name in settings:
-            raise InvalidGeneration(f"generation: found both {key} and another name of it, want one")
+            raise InvalidGeneration(f"generation: found both {key} and another name of it, expected one")
         settings[name] = _parse_setting(key, _SETTINGS[name], value)
     return settings
 
@@ -94,7 +94,7 @@ def _parse_setting(name: str, kind: Any, value: Any) -> Any:
     except msgspec.ValidationError as error:
         raise InvalidGeneration(f"generation: {name}: {explain(error)}; found {value!r:.60}") from None
     if (isinstance(value, int) and value > _MAX_INT) or (isinstance(value, float) and not math.isfinite(value)):
-        raise InvalidGeneration(f"generation: {name}: found {value!r:.60}, want a finite number of at most 64 bits")
+        raise InvalidGeneration(f"generation: {name}: found {value!r:.60}, expected a finite number of at most 64 bits")
     if isinstance(value, tuple) and not all(value):
-        raise InvalidGeneration(f"generation: {name}: found an empty string, want text that ends an answer")
+        raise InvalidGeneration(f"generation: {name}: found an empty string, expected text that ends an answer")
     return value

@@ -47,7 +47,7 @@ class Prompts(msgspec.Struct, frozen=True):
         if self.characters is None:
             return "none"
         turns = f"; {pluralize(self.conversations, 'row')} with several turns" if self.conversations else ""
-        return f"{_range(self.characters)} characters{turns}"
+        return f"{_range(self.characters, 'character')}{turns}"
 
 
 class Images(msgspec.Struct, frozen=True):
@@ -97,9 +97,8 @@ class Sharing(msgspec.Struct, frozen=True):
         if not repeats:
             return "no row has the same images as another"
         text = (
-            f"{repeats:,} of {pluralize(self.rows)} with the same images as an earlier row: "
-            f"{self.shared / repeats:.0%} within --look-ahead {self.look_ahead}, which read them once; "
-            f"{self.repeated_reads / repeats:.0%} read them again"
+            f"{repeats:,} of {pluralize(self.rows)} repeat the images of an earlier row; "
+            f"{self.shared / repeats:.0%} of these are within --look-ahead {self.look_ahead} and share one read"
         )
         if self.repeated_reads < _MIN_SAVING * self.reads:
             return text
@@ -133,11 +132,13 @@ class Probe(msgspec.Struct, frozen=True):
         text = f"{pluralize(self.rows)}, {self.failed:,} failed; {pluralize(self.images, 'good image')}"
         if self.bytes is None or self.pixels is None or self.largest is None:
             return text
+        sizes = f"{_range(self.bytes, 'byte')}; {_range(self.pixels, 'pixel')}"
         width, height = self.largest
+        fetch, decode = self.fetch_seconds * 1000, self.decode_seconds * 1000
+        rate = self.images / max(self.seconds, 1e-9)
         return (
-            f"{text}; {_range(self.bytes)} bytes; {_range(self.pixels)} pixels, the largest {width:,} x {height:,}; "
-            f"{self.fetch_seconds * 1000:,.1f} ms to fetch and {self.decode_seconds * 1000:,.1f} ms to decode each; "
-            f"{self.images / max(self.seconds, 1e-9):,.0f} images per second"
+            f"{text}; {sizes}, the largest {width:,} x {height:,}; "
+            f"{fetch:,.1f} ms to fetch and {decode:,.1f} ms to decode an image; {rate:,.1f} images per second"
         )
 
 
@@ -237,7 +238,8 @@ def _distinct(number: int, distinct: int) -> str:
     return "all distinct" if number == distinct else f"{distinct:,} distinct"
 
 
-def _range(quantiles: Quantiles) -> str:
+def _range(quantiles: Quantiles, unit: str) -> str:
+    greatest = pluralize(quantiles.greatest, unit)
     if quantiles.least == quantiles.greatest:
-        return f"{quantiles.least:,}"
-    return f"{quantiles.least:,} to {quantiles.greatest:,} (median {quantiles.median:,})"
+        return greatest
+    return f"{quantiles.least:,} to {greatest} (median {quantiles.median:,})"

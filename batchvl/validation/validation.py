@@ -65,7 +65,7 @@ def validate(
         UsageError: `run` would reject the manifest or the options as a whole: no such file, a missing column.
     """
     if probe < 0:
-        raise OptionError(f"--probe: found {probe}, want a number of rows, or 0 to fetch nothing")
+        raise OptionError(f"--probe: found {probe}, expected a number of rows, or 0 to fetch nothing")
     validation = Validation(*resolve_options(manifest, config, options), probe, quiet=quiet)
     return run_sync(validation.run, validation.interrupt)
 

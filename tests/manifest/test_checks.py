@@ -62,13 +62,23 @@ def test_naming_one_prompt_column_leaves_the_other_default_unread(tmp_path: Path
 @pytest.mark.parametrize(
     ("column", "kind", "value", "expected"),
     [
-        ("prompt", pa.int64(), 1, "column 'prompt' is int64, want strings, or lists of strings; see --prompt-column"),
-        ("images", pa.list_(pa.list_(pa.string())), [["a"]], "want strings, binary"),
-        ("image", pa.float64(), 0.5, "column 'image' is double, want strings, binary"),
-        ("id", pa.float32(), 1.0, "column 'id' is float, want integers or strings"),
-        ("messages", pa.list_(pa.string()), ["a"], "column 'messages' is list<element: string>, want lists of structs"),
-        ("generation", pa.int8(), 1, "want structs, maps, or JSON in strings"),
-        ("t", pa.binary(), b"a", "column 't' is binary, want values that can be written as text; see --prompt"),
+        (
+            "prompt",
+            pa.int64(),
+            1,
+            "column 'prompt' is int64, expected strings, or lists of strings; see --prompt-column",
+        ),
+        ("images", pa.list_(pa.list_(pa.string())), [["a"]], "expected strings, binary"),
+        ("image", pa.float64(), 0.5, "column 'image' is double, expected strings, binary"),
+        ("id", pa.float32(), 1.0, "column 'id' is float, expected integers or strings"),
+        (
+            "messages",
+            pa.list_(pa.string()),
+            ["a"],
+            "column 'messages' is list<element: string>, expected lists of structs",
+        ),
+        ("generation", pa.int8(), 1, "expected structs, maps, or JSON in strings"),
+        ("t", pa.binary(), b"a", "column 't' is binary, expected values that can be written as text; see --prompt"),
     ],
 )
 def test_a_wrong_type_in_parquet(tmp_path: Path, column: str, kind: pa.DataType, value: Any, expected: str) -> None:
@@ -102,12 +112,12 @@ def test_a_column_that_appears_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "expected"),
     [
-        ("m.parquet", b"", "has 0 bytes; want Parquet"),
+        ("m.parquet", b"", "has 0 bytes; expected Parquet"),
         ("m.parquet", b"PAR1 no footer here", "not a complete Parquet file"),
         ("m.jsonl", b"", "has no rows (0 bytes)"),
         ("m.jsonl", b"\n \r\n\n", "has no rows (5 bytes)"),
         ("m.jsonl.gz", b"", "has no rows"),
-        ("m.csv", b"", "has no rows; want a line of column names"),
+        ("m.csv", b"", "has no rows; expected a line of column names"),
         ("m.csv", b"prompt\n", "has no rows (7 bytes)"),
         ("m.jsonl", b"\nprompt,image\n", "line 2: not JSON"),
         (
@@ -117,7 +127,7 @@ def test_a_column_that_appears_twice(tmp_path: Path) -> None:
         ),
         ("m.jsonl", b'{"prompt": "a"}\n' + b"x\n" * 2, "line 2: not JSON"),
         ("m.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: not JSON"),
-        ("m.csv", b"prompt;image\na,b\nc,d\n", "line 2: found 2 cells, want 1"),
+        ("m.csv", b"prompt;image\na,b\nc,d\n", "line 2: found 2 cells, expected 1"),
     ],
 )
 def test_a_file_that_is_not_a_manifest(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
@@ -139,7 +149,7 @@ def test_a_truncated_file(tmp_path: Path, name: str) -> None:
 
 def test_parquet_without_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", [], schema=pa.schema({"prompt": pa.string()}))
-    with pytest.raises(ManifestError, match=r"a.parquet: has no rows; want at least one"):
+    with pytest.raises(ManifestError, match=r"a.parquet: has no rows; expected at least one"):
         opened(path)
     write(tmp_path / "b.parquet", [{"prompt": "p"}])
     assert len(rows_of(tmp_path)) == 1
@@ -154,7 +164,7 @@ def test_the_first_line_of_every_file_is_checked(tmp_path: Path) -> None:
 
 def test_text_with_only_bad_rows_at_the_start(tmp_path: Path) -> None:
     manifest = opened(write(tmp_path / "m.jsonl", [{"prompt": 5}] * 10))
-    with pytest.raises(ManifestError, match=r"first 10 rows is bad; the first: prompt: found int, want a string"):
+    with pytest.raises(ManifestError, match=r"first 10 rows is bad; the first: prompt: found int, expected a string"):
         manifest.check()
     opened(write(tmp_path / "m.jsonl", [{"prompt": 5}] * 10 + [{"prompt": "p"}])).check()
 

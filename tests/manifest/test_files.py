@@ -83,12 +83,12 @@ def test_an_image_whose_name_is_not_utf8_fails_alone(tmp_path: Path) -> None:
     ("names", "source", "expected"),
     [
         ([], "nothing-here", "no such file or directory"),
-        ([], ".", "found nothing, want .parquet"),
-        (["notes.txt"], ".", r"found \.txt, want .parquet"),
-        (["notes.txt"], "notes.txt", "want .parquet, .jsonl"),
-        (["cat.jpg"], "cat.jpg", "want .parquet, .jsonl"),
-        (["m.parquet.gz"], "m.parquet.gz", "want .parquet"),
-        (["a.csv", "b.parquet"], ".", r"several formats \(csv, parquet, such as a.csv\); want one"),
+        ([], ".", "found nothing, expected .parquet"),
+        (["notes.txt"], ".", r"found \.txt, expected .parquet"),
+        (["notes.txt"], "notes.txt", "expected .parquet, .jsonl"),
+        (["cat.jpg"], "cat.jpg", "expected .parquet, .jsonl"),
+        (["m.parquet.gz"], "m.parquet.gz", "expected .parquet"),
+        (["a.csv", "b.parquet"], ".", r"several formats \(csv, parquet, such as a.csv\); expected one"),
         ([], "*.jsonl", "matches no file"),
     ],
 )

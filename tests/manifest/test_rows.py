@@ -56,15 +56,15 @@ def test_image_sources(cell: Any, image: Any) -> None:
 @pytest.mark.parametrize(
     ("cell", "code", "expected"),
     [
-        ("s3://bucket/cat.jpg", "unsupported_source", "s3:// is not supported; want http"),
+        ("s3://bucket/cat.jpg", "unsupported_source", "s3:// is not supported; expected http"),
         ("ftp://user:secret@host/cat.jpg", "unsupported_source", "ftp:// is not supported"),
         ("file://host/cat.jpg", "unsupported_source", "another host"),
         ("data:image/png;base64,A", "invalid_data_uri", "base64"),
-        ("", "invalid_row", "empty string, want a URL or a path"),
+        ("", "invalid_row", "empty string, expected a URL or a path"),
         ("a\0b", "invalid_row", "NUL"),
-        (7, "invalid_row", "image: found int, want a URL"),
-        ([["a"]], "invalid_row", r"image[0]: found list, want"),
-        ({"bytes": None, "path": None}, "invalid_row", "found {bytes: null, path: null}, want bytes or a path"),
+        (7, "invalid_row", "image: found int, expected a URL"),
+        ([["a"]], "invalid_row", r"image[0]: found list, expected"),
+        ({"bytes": None, "path": None}, "invalid_row", "found {bytes: null, path: null}, expected bytes or a path"),
         ({"url": "x"}, "invalid_row", "found dict"),
     ],
 )
@@ -86,12 +86,12 @@ def test_images_takes_precedence_over_image_unless_it_is_null() -> None:
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [
-        ({"prompt": 7}, "prompt: found int, want a string or a list of strings"),
+        ({"prompt": 7}, "prompt: found int, expected a string or a list of strings"),
         ({"prompt": ["a", None]}, "prompt: found a list with null"),
-        ({"prompt": "a", "id": True}, "id: found True, want a string"),
-        ({"prompt": "a", "id": 1.5}, "id: found 1.5, want a string"),
+        ({"prompt": "a", "id": True}, "id: found True, expected a string"),
+        ({"prompt": "a", "id": 1.5}, "id: found 1.5, expected a string"),
         ({"prompt": "a", "id": ["x"]}, "id: found list"),
-        ({"prompt": "a", "generation": 5}, "generation: found int, want an object"),
+        ({"prompt": "a", "generation": 5}, "generation: found int, expected an object"),
         ({"prompt": "a", "generation": "{"}, "generation: found a string that is not JSON"),
     ],
 )
@@ -112,7 +112,7 @@ def test_ids_are_int64_or_strings() -> None:
     assert made(None, id=12).id is None
     row = made("int64", id=2**63)
     assert row.failure is not None
-    assert "want a 64-bit integer" in row.failure.message
+    assert "expected a 64-bit integer" in row.failure.message
     assert row.id is None
 
 
@@ -302,7 +302,7 @@ def test_ids_of_jsonl_have_the_type_of_the_first_rows(tmp_path: Path) -> None:
     *good, bad = rows_of(late)
     assert [row.id for row in good] == list(range(1200))
     assert bad.failure is not None
-    assert "id: found 'x', want a 64-bit integer, as the first rows have" in bad.failure.message
+    assert "id: found 'x', expected a 64-bit integer, as the first rows have" in bad.failure.message
     early = write(tmp_path / "early.jsonl", [{"prompt": "p", "id": "x"}, *rows])
     assert opened(early).schema.id_type == "string"
     assert [row.id for row in rows_of(early)] == ["x", *map(str, range(1200))]
@@ -318,7 +318,7 @@ def test_a_bad_record_of_csv_fails_alone(tmp_path: Path) -> None:
     rows = rows_of(write_bytes(tmp_path / "m.csv", data))
     assert [row.prompt for row in rows] == ["a", None, None, None, "ü"]
     messages = [row.failure.message for row in rows if row.failure]
-    assert "m.csv line 3: found 1 cells, want 2" in messages[0]
+    assert "m.csv line 3: found 1 cells, expected 2" in messages[0]
     assert "m.csv line 4: a cell is not UTF-8" in messages[1]
     assert "m.csv line 5: new-line character" in messages[2]
 

@@ -144,7 +144,7 @@ def test_as_many_places_as_images(prompt: Any, count: int) -> None:
     places = 2 if isinstance(prompt, list) else 1
     code, message = error_of(Row(0, prompt=prompt, images=images(count)))
     assert code == "image_count_mismatch"
-    assert f"found {places} {IMAGE_TOKEN}, want {count}" in message
+    assert f"found {places} {IMAGE_TOKEN}, expected {count}" in message
 
 
 def test_the_token_counts_in_the_template_and_the_prompt_not_in_values() -> None:
@@ -251,10 +251,14 @@ def test_images_of_the_column_lead_the_first_user_message() -> None:
 @pytest.mark.parametrize(
     ("messages", "code", "expected"),
     [
-        ([], "invalid_messages", "messages: end with nothing, want the user's turn"),
-        (["a"], "invalid_messages", "messages[0]: found str, want an object"),
+        ([], "invalid_messages", "messages: end with nothing, expected the user's turn"),
+        (["a"], "invalid_messages", "messages[0]: found str, expected an object"),
         ([{"role": "user"}], "invalid_messages", "found content of type NoneType"),
-        ([{"role": "tool", "content": "a"}], "invalid_messages", "found role 'tool', want system, user or assistant"),
+        (
+            [{"role": "tool", "content": "a"}],
+            "invalid_messages",
+            "found role 'tool', expected system, user or assistant",
+        ),
         ([{"content": "a"}], "invalid_messages", "found role None"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -263,7 +267,7 @@ def test_images_of_the_column_lead_the_first_user_message() -> None:
         ),
         ([{"role": "system", "content": "a"}], "invalid_messages", "end with a message of the system"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "invalid_messages", "messages[1]"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "invalid_messages", "type 'audio', want text"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "invalid_messages", "type 'audio', expected text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "invalid_messages", "type 'text'"),
         ([{"role": "user", "content": ["a"]}], "invalid_messages", "type 'str'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "invalid_messages", "type 'image'"),
@@ -274,7 +278,7 @@ def test_images_of_the_column_lead_the_first_user_message() -> None:
             "image_count_mismatch",
             "found 1 image part in messages",
         ),
-        ([{"role": "user", "content": IMAGE_TOKEN}], "image_count_mismatch", "found 1 <IMAGE_TOKEN>, want 0"),
+        ([{"role": "user", "content": IMAGE_TOKEN}], "image_count_mismatch", "found 1 <IMAGE_TOKEN>, expected 0"),
     ],
 )
 def test_messages_that_are_not_a_chat_fail(messages: Any, code: str, expected: str) -> None:

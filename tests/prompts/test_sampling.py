@@ -39,7 +39,7 @@ def test_a_rows_generation_takes_precedence() -> None:
 @pytest.mark.parametrize(
     ("generation", "expected"),
     [
-        ({"max_length": 5}, "unknown setting 'max_length'; want max_new_tokens, temperature"),
+        ({"max_length": 5}, "unknown setting 'max_length'; expected max_new_tokens, temperature"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number >= 1; found 0"),
         ({"max_tokens": "5"}, "max_tokens: expected a whole number; found '5'"),
         ({"max_tokens": 5.5}, "max_tokens: "),

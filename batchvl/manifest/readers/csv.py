@@ -75,7 +75,7 @@ class CsvReader(TextReader[list[str]]):
         with TextFile(path) as file:
             for header, _ in _parse(file, RowOffset()):
                 return header
-        raise ManifestError(f"{path}: has no rows; want a line of column names and rows below it")
+        raise ManifestError(f"{path}: has no rows; expected a line of column names and rows below it")
 
 
 def _parse(file: TextFile, start: RowOffset) -> Iterator[tuple[list[str], RowOffset]]:
@@ -108,7 +108,7 @@ def _parse(file: TextFile, start: RowOffset) -> Iterator[tuple[list[str], RowOff
 def _misfit(record: list[str], header: list[str]) -> str:
     if isinstance(record, _BadRecord):
         return record.reason
-    return f"found {len(record)} cells, want {len(header)} as in the header"
+    return f"found {len(record)} cells, expected {len(header)} as in the header"
 
 
 def _check_utf8(cell: str) -> str:

@@ -44,7 +44,7 @@ class JsonlReader(TextReader[bytes]):
                 row = _decode_line(decode, raw)
             except InvalidRow as error:
                 shown = raw[:40].decode(errors="replace") + "…" * (len(raw) > 40)
-                bad.append(f"{path} line {line}: {error}; found {shown!r}, want one JSON object per line")
+                bad.append(f"{path} line {line}: {error}; found {shown!r}, expected one JSON object per line")
                 row = {}
             if bad and (path not in checked or len(bad) > max(at + 1, _FEW_LINES) / 2):
                 raise ManifestError(bad[0])

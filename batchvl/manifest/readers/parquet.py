@@ -49,7 +49,7 @@ class ParquetReader(Reader):
         self.total = self._starts[-1]
         self.available = tuple(dict.fromkeys(name for schema in self._schemas for name in schema.names))
         if not self.total:
-            raise ManifestError(f"{self._where()}: has no rows; want at least one")
+            raise ManifestError(f"{self._where()}: has no rows; expected at least one")
 
     def bind(self, columns: Columns) -> None:
         id_types: set[IdType] = set()
@@ -110,7 +110,7 @@ class ParquetReader(Reader):
         for name, spec in column_specs(columns):
             kind = schema.field(name).type
             if not types.is_null(kind) and not spec.fits(storage_type(kind)):
-                raise ManifestError(f"{path}: column {name!r} is {kind}, want {spec.wanted}; see {spec.flag}")
+                raise ManifestError(f"{path}: column {name!r} is {kind}, expected {spec.wanted}; see {spec.flag}")
         for name in columns.keep:
             kind, first = schema.field(name).type, self._schemas[0].field(name).type
             if kind != first:
@@ -143,7 +143,7 @@ def _open(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_AHEAD)
     except (OSError, pa.ArrowException) as error:
         if path.is_file() and not path.stat().st_size:
-            raise ManifestError(f"{path}: has 0 bytes; want Parquet") from None
+            raise ManifestError(f"{path}: has 0 bytes; expected Parquet") from None
         raise ManifestError(f"{path}: not a complete Parquet file (truncated?): {str(error).rstrip('.')}") from None
 
 

@@ -86,7 +86,7 @@ class TextReader(Reader, Generic[Raw]):
             if rows >= SAMPLE_ROWS or size >= SAMPLE_BYTES:
                 return
         if not rows:
-            raise ManifestError(f"{self.where}: has no rows ({sum(self._sizes)} bytes); want at least one")
+            raise ManifestError(f"{self.where}: has no rows ({sum(self._sizes)} bytes); expected at least one")
 
     def use_index(self, directory: Path | None, fingerprint: str) -> None:
         written = index.read(directory, fingerprint) if directory is not None else None
