@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from batchvl.demo import PICTURES, SIZES  # noqa: E402
+from batchvl.demo import IMAGES, SIZES  # noqa: E402
 from batchvl.hardware.limits import cpus  # noqa: E402
 from batchvl.prompts.tokens import IMAGE_TOKEN  # noqa: E402
 from batchvl.results.location import open_output  # noqa: E402
@@ -85,7 +85,7 @@ def make_manifest(directory: Path, scenes: int, seed: int) -> tuple[Path, list[R
         rows.append({"id": row_id, "prompt": prompt, "images": names, "truth": truth})
     with ProcessPoolExecutor(cpus()) as processes:
         list(processes.map(draw, drawings, chunksize=16))
-    shutil.copytree(ROOT / "manifests" / PICTURES, directory / PICTURES)
+    shutil.copytree(ROOT / "manifests" / IMAGES, directory / IMAGES)
     rng.shuffle(rows)
     manifest = directory / "questions.jsonl"
     manifest.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

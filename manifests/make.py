@@ -1,4 +1,4 @@
-"""Draws the pictures of this folder and writes its manifests: `python manifests/make.py`. A test keeps them equal."""
+"""Generate the images and manifests of this directory: `python manifests/make.py`. A test checks the committed ones."""
 
 from pathlib import Path
 
