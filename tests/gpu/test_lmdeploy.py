@@ -1,9 +1,9 @@
-"""LMDeploy on a GPU, whole runs: right answers in every form, and every way in which its engine goes down.
+"""Whole runs with LMDeploy on a GPU: right answers for every form of checkpoint, and every way in which it can fail.
 
     python3 -m pytest -c /dev/null --rootdir . -m gpu tests/gpu -k 'not memory' -n 6    # two minutes on an H200
-    python3 -m pytest -c /dev/null --rootdir . -m gpu tests/gpu -k memory               # five: these want the GPU alone
+    python3 -m pytest -c /dev/null --rootdir . -m gpu tests/gpu -k memory               # five minutes, no other load
 
-Each test prints what a user would have read.
+Each test prints the output of its runs.
 """
 
 from __future__ import annotations
@@ -30,24 +30,32 @@ from tests.gpu import checkpoints
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 SHAPES = Path("manifests/shapes.jsonl").resolve()
+ENGINE_UP = ", batches of "
+"""Part of the line that a run prints once its engine is up."""
 BAD = {"missing_file", "corrupt_image", "forbidden_address"}
 GOOD = [row for row in map(json.loads, SHAPES.read_text().splitlines()) if row["id"] not in BAD]
 SMALL = ("--engine-option", "max_batch_size=16", "--cache-max-entry-count", "0.1")
-# Without this LMDeploy wants the library ray for several GPUs.
+# By default LMDeploy needs the library ray for several GPUs.
 PYTORCH_TP = ("--backend", "pytorch", "--engine-option", "distributed_executor_backend=mp")
 
 
 class Run:
-    """A run of the command and what became of it."""
+    """A run of the command and its results.
+
+    Args:
+        out: The output directory.
+        arguments: Options of `batchvl run`.
+        manifest: The manifest.
+        before: Python code for the runner's process, run before batchvl.
+    """
 
     def __init__(self, out: Path, *arguments: str, manifest: Path = SHAPES, before: str = "") -> None:
-        """before: Python for the runner's process, ahead of all else."""
         self.out, self.truth = out, [json.loads(line).get("truth") for line in manifest.read_text().splitlines()]
         command = [sys.executable, "-c", f"{before}\nfrom batchvl.cli import main; main(prog_name='batchvl')"]
         command += ["run", str(manifest), "--engine", "lmdeploy", "-o", str(out)]
         command += ["--image-root", str(SHAPES.parent)]
-        self._told = out.with_name(out.name + ".told")
-        with self._told.open("w") as file:
+        self._log = out.with_name(out.name + ".log")
+        with self._log.open("w") as file:
             self.process = subprocess.Popen([*command, *arguments], stderr=file)
 
     def wait(self, seconds: float = 240) -> Run:
@@ -55,20 +63,20 @@ class Run:
             self.process.wait(seconds)
         finally:
             self.process.kill()
-            print(self.said)
+            print(self.output)
         return self
 
-    def says(self, text: str, seconds: float = 120) -> None:
-        """Waits until the run has told that."""
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Wait until the run has printed the text."""
         end = time.monotonic() + seconds
-        while text not in self.said:
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < end, self.said
+        while text not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, self.output
             time.sleep(0.1)
 
     @property
-    def said(self) -> str:
-        return self._told.read_text()
+    def output(self) -> str:
+        return self._log.read_text()
 
     @property
     def code(self) -> int:
@@ -77,35 +85,35 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         [file] = self.out.rglob("summary.json")
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
+        summary: dict[str, Any] = json.loads(file.read_text())
+        return summary
 
     def rows(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = pq.read_table(self.out / "results.parquet").to_pylist()
-        return found
+        rows: list[dict[str, Any]] = pq.read_table(self.out / "results.parquet").to_pylist()
+        return rows
 
     def right(self) -> int:
-        """How many rows have the true answers."""
+        """Return the number of rows with the true answers."""
         return sum((row["responses"] or [row["response"]]) == self.truth[row["row"]] for row in self.rows())
 
     def engine(self) -> psutil.Process:
-        """The engine's process, once it is there."""
+        """Wait for the engine's process and return it."""
         return self.engines(1)[0]
 
     def engines(self, count: int, seconds: float = 60) -> list[psutil.Process]:
-        """The engines' processes, once there are so many."""
+        """Wait until there are `count` engine processes and return them."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             children = psutil.Process(self.process.pid).children(recursive=True)
-            found = [child for child in children if "batchvl.serving.engine_main" in child.cmdline()]
-            if len(found) >= count:
-                return found
+            engines = [child for child in children if "batchvl.serving.engine_main" in child.cmdline()]
+            if len(engines) >= count:
+                return engines
             time.sleep(0.2)
-        raise AssertionError(f"no {count} engine processes")
+        raise AssertionError(f"fewer than {count} engine processes")
 
 
 def questions(path: Path, rows: int, **columns: Any) -> Path:
-    """So many questions about the pictures of the good rows, each several times."""
+    """Write a manifest of `rows` questions about the images of the good rows, each several times."""
     lines = []
     for number in range(rows):
         row = GOOD[number % len(GOOD)]
@@ -116,14 +124,14 @@ def questions(path: Path, rows: int, **columns: Any) -> Path:
 
 
 @contextmanager
-def hog(gibibytes_left: float) -> Iterator[None]:
-    """Another process that holds all of the GPU's memory but so much."""
+def occupy_gpu(gibibytes_left: float) -> Iterator[None]:
+    """Let another process allocate the GPU's memory except for `gibibytes_left`."""
     script = (
         "import sys, time, torch\n"
         "free, _ = torch.cuda.mem_get_info()\n"
-        f"wanted = size = int(free - {gibibytes_left} * 2**30)\n"
+        f"total = size = int(free - {gibibytes_left} * 2**30)\n"
         "held = []\n"
-        "while size > 2**20 and sum(map(len, held)) < wanted:\n"
+        "while size > 2**20 and sum(map(len, held)) < total:\n"
         "    try: held.append(torch.empty(size, dtype=torch.uint8, device='cuda'))\n"
         "    except torch.OutOfMemoryError: size //= 2\n"
         "torch.cuda.synchronize()\n"
@@ -140,15 +148,15 @@ def hog(gibibytes_left: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
-def test_the_classic_form_is_answered_right(tmp_path: Path, backend: str) -> None:
-    model = checkpoints.classic(tmp_path / "model")
+def test_a_chat_model_gives_right_answers(tmp_path: Path, backend: str) -> None:
+    model = checkpoints.chat_model(tmp_path / "model")
     run = Run(tmp_path / "out", "--model", str(model), "--trust-remote-code", "--backend", backend, *SMALL).wait()
     assert run.code == 3
     assert run.right() >= 58
     assert backend in run.summary["engine"]["backend"]
 
 
-def test_weights_of_four_bits(tmp_path: Path) -> None:
+def test_4_bit_weights(tmp_path: Path) -> None:
     model = checkpoints.awq(tmp_path / "model")
     run = Run(tmp_path / "out", "--model", str(model), "--model-format", "awq", "--quant-policy", "8", *SMALL).wait()
     assert run.code == 3
@@ -156,26 +164,26 @@ def test_weights_of_four_bits(tmp_path: Path) -> None:
     assert "turbomind" in run.summary["engine"]["backend"]
 
 
-def test_an_abort_in_c_is_told_and_ends_after_two(tmp_path: Path) -> None:
-    model = checkpoints.strange_heads(tmp_path / "model")
+def test_an_abort_in_native_code_is_reported_and_ends_the_run_after_two(tmp_path: Path) -> None:
+    model = checkpoints.unsupported_heads(tmp_path / "model")
     run = Run(tmp_path / "out", "--model", str(model), "--backend", "turbomind", *SMALL).wait()
     assert run.code == 1
-    assert run.said.count("SIGABRT") >= 2
-    assert "unsupported InternVit PrepareQKV head_dim: 32" in run.said
+    assert run.output.count("SIGABRT") >= 2
+    assert "unsupported InternVit PrepareQKV head_dim: 32" in run.output
 
 
-def test_auto_takes_the_other_backend_for_a_model_that_would_abort(tmp_path: Path) -> None:
-    model = checkpoints.strange_heads(tmp_path / "model")
+def test_auto_chooses_the_other_backend_for_a_model_that_would_abort(tmp_path: Path) -> None:
+    model = checkpoints.unsupported_heads(tmp_path / "model")
     run = Run(tmp_path / "out", "--model", str(model), "--max-new-tokens", "4", *SMALL).wait()
     assert run.code == 3
     assert "pytorch" in run.summary["engine"]["backend"]
-    assert "vision heads" in run.said
+    assert "vision heads" in run.output
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
-def test_rows_past_their_time_are_stopped_and_the_others_are_not(tmp_path: Path, backend: str) -> None:
-    """Two at once, of lists of eight: most of the endless rows wait for a handle when their time is over."""
-    model = checkpoints.babbling(tmp_path / "model")
+def test_only_rows_past_their_timeout_are_aborted(tmp_path: Path, backend: str) -> None:
+    """Two of a batch of eight rows are computed concurrently: most endless rows time out while waiting for a handle."""
+    model = checkpoints.endless(tmp_path / "model")
     lines = []
     for number in range(40):
         endless = number % 2 == 0
@@ -195,23 +203,28 @@ def test_rows_past_their_time_are_stopped_and_the_others_are_not(tmp_path: Path,
 
 
 def test_settings_reach_the_engine(tmp_path: Path) -> None:
-    """Of a babbling model: a penalty changes greedy answers, a seed repeats drawn ones, a stop text ends one."""
-    model = checkpoints.babbling(tmp_path / "model")
-    drawn = {"temperature": 1.5, "max_new_tokens": 24}
-    kinds = [
-        {"max_new_tokens": 24}, {"max_new_tokens": 24}, {"max_new_tokens": 24, "repetition_penalty": 1.5},
-        {**drawn, "seed": 1}, {**drawn, "seed": 1}, {**drawn, "seed": 2}, {**drawn, "seed": 1, "top_k": 1},
+    """A penalty changes greedy answers, a seed makes sampled ones repeatable, and a stop string ends one."""
+    model = checkpoints.endless(tmp_path / "model")
+    sampled = {"temperature": 1.5, "max_new_tokens": 24}
+    settings = [
+        {"max_new_tokens": 24},
+        {"max_new_tokens": 24},
+        {"max_new_tokens": 24, "repetition_penalty": 1.5},
+        {**sampled, "seed": 1},
+        {**sampled, "seed": 1},
+        {**sampled, "seed": 2},
+        {**sampled, "seed": 1, "top_k": 1},
         {"max_new_tokens": 7},
-    ]  # fmt: skip
+    ]
     manifest = tmp_path / "m.jsonl"
-    manifest.write_text("\n".join(json.dumps({"prompt": "go on", "generation": kind}) for kind in kinds))
+    manifest.write_text("\n".join(json.dumps({"prompt": "go on", "generation": generation}) for generation in settings))
     run = Run(tmp_path / "out", "--model", str(model), *SMALL, manifest=manifest).wait()
-    greedy, again, penalty, one, same, two, best, short = [row["response"] for row in run.rows()]
+    greedy, repeated, penalty, seed_1, seed_1_again, seed_2, top_1, short = [row["response"] for row in run.rows()]
     print(run.rows())
-    assert greedy == again == best
+    assert greedy == repeated == top_1
     assert penalty != greedy
-    assert one == same != two
-    assert one != greedy
+    assert seed_1 == seed_1_again != seed_2
+    assert seed_1 != greedy
     assert greedy.startswith(short)
     stop = greedy[len(greedy) // 2 :][:3]
     (tmp_path / "n.jsonl").write_text(
@@ -223,37 +236,37 @@ def test_settings_reach_the_engine(tmp_path: Path) -> None:
     assert row["finish_reason"] == "stop"
 
 
-def test_an_engine_that_stands_still_is_replaced(tmp_path: Path) -> None:
+def test_a_hanging_engine_is_replaced(tmp_path: Path) -> None:
     manifest = questions(tmp_path / "m.jsonl", 1200)
     run = Run(tmp_path / "out", "--model", "shapes", "--hang-timeout", "8", *SMALL, manifest=manifest)
     engine = run.engine()
-    run.says("lists of")
+    run.wait_for(ENGINE_UP)
     time.sleep(2)
     engine.send_signal(signal.SIGSTOP)
     run.wait()
     assert run.code == 0
     assert run.summary["engine_deaths"] == 1
-    assert "the engine hangs" in run.said
+    assert "the engine hangs" in run.output
     assert run.right() == 1200
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
-def test_the_runner_is_killed_and_the_same_command_goes_on(tmp_path: Path, backend: str) -> None:
-    """kill -9 at three moments: while the model loads, and twice while rows are answered."""
+def test_a_killed_run_is_resumed_by_the_same_command(tmp_path: Path, backend: str) -> None:
+    """kill -9 three times: while the model is loading, and twice while rows are being answered."""
     manifest = questions(tmp_path / "m.jsonl", 3000)
     arguments = ("--model", "shapes", "--backend", backend, *SMALL, "--part-rows", "300", "--commit-seconds", "0.05")
     for moment in ("starting", "answering", "answering"):
         run = Run(tmp_path / "out", *arguments, manifest=manifest)
         if moment == "answering":
-            run.says("lists of")
+            run.wait_for(ENGINE_UP)
         engine = run.engine()
         time.sleep(2)
-        family = psutil.Process(run.process.pid).children(recursive=True)
-        assert engine in family
+        descendants = psutil.Process(run.process.pid).children(recursive=True)
+        assert engine in descendants
         run.process.kill()
-        assert run.process.wait() == -signal.SIGKILL, run.said
-        left = psutil.wait_procs(family, timeout=20)[1]
-        assert not left, "somebody outlived the runner"
+        assert run.process.wait() == -signal.SIGKILL, run.output
+        left = psutil.wait_procs(descendants, timeout=20)[1]
+        assert not left, "a process outlived the runner"
     run = Run(tmp_path / "out", *arguments, manifest=manifest).wait()
     assert run.code == 0
     assert 0 < run.summary["resumed"] < 3000
@@ -262,17 +275,17 @@ def test_the_runner_is_killed_and_the_same_command_goes_on(tmp_path: Path, backe
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
-def test_too_little_gpu_memory_at_the_start_is_told_with_numbers(tmp_path: Path, backend: str) -> None:
-    with hog(0.7):
+def test_too_little_gpu_memory_at_the_start_is_reported_with_numbers(tmp_path: Path, backend: str) -> None:
+    with occupy_gpu(0.7):
         run = Run(tmp_path / "out", "--model", "shapes", "--backend", backend, *SMALL).wait()
     assert run.code in (1, 2)
-    assert "GiB are free" in run.said
-    assert "--cache-max-entry-count" in run.said
+    assert "GiB are free" in run.output
+    assert "--cache-max-entry-count" in run.output
     assert not list(tmp_path.rglob("results.parquet"))
 
 
 @pytest.mark.parametrize("options", [("--backend", "turbomind"), PYTORCH_TP], ids=["turbomind", "pytorch"])
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_share_a_model(tmp_path: Path, options: tuple[str, ...]) -> None:
     run = Run(tmp_path / "out", "--model", "shapes", "--tp", "2", *options, *SMALL).wait()
     assert run.code == 3
@@ -281,12 +294,12 @@ def test_two_gpus_share_a_model(tmp_path: Path, options: tuple[str, ...]) -> Non
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
-def test_two_gpus_have_an_engine_each_and_one_dies(tmp_path: Path, backend: str) -> None:
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_of_two_replicas_dies(tmp_path: Path, backend: str) -> None:
     manifest = questions(tmp_path / "m.jsonl", 600)
     options = ("--model", "shapes", "--gpus", "all", "--backend", backend, *SMALL)
     run = Run(tmp_path / "out", *options, manifest=manifest)
-    run.says("2 replicas, lists of")
+    run.wait_for(f"2 replicas{ENGINE_UP}")
     first, second = run.engines(2)
     assert {process.environ()["CUDA_VISIBLE_DEVICES"] for process in (first, second)} == {"0", "1"}
     second.send_signal(signal.SIGKILL)
@@ -298,8 +311,8 @@ def test_two_gpus_have_an_engine_each_and_one_dies(tmp_path: Path, backend: str)
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
-def test_gpu_memory_that_others_take_in_mid_run_costs_no_row(tmp_path: Path, backend: str) -> None:
-    """While short rows are answered somebody takes what is left; then rows of 13 tiles want more, until it is free."""
+def test_gpu_memory_that_others_allocate_during_a_run_costs_no_row(tmp_path: Path, backend: str) -> None:
+    """Another process allocates the rest during short rows; rows of 13 tiles then need more until it is released."""
     model = checkpoints.large(tmp_path / "model")
     Image.effect_noise((1280, 960), 40).convert("RGB").save(tmp_path / "noise.jpg")
     short = [{"prompt": "go on", "generation": {"max_new_tokens": 64}}] * 600
@@ -307,32 +320,32 @@ def test_gpu_memory_that_others_take_in_mid_run_costs_no_row(tmp_path: Path, bac
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("\n".join(map(json.dumps, short + tiles)))
     run = Run(tmp_path / "out", "--model", str(model), "--backend", backend, *SMALL, manifest=manifest)
-    run.says("lists of")
-    with hog(0.0):
-        run.says("restarting it")
+    run.wait_for(ENGINE_UP)
+    with occupy_gpu(0.0):
+        run.wait_for("restarting it")
         time.sleep(5)
     run.wait()
     assert run.code == 0
     assert run.summary["engine_deaths"] >= 1
-    assert "it ran out of GPU memory" in run.said
+    assert "it ran out of GPU memory" in run.output
     assert [row["status"] for row in run.rows()] == ["ok"] * 640
 
 
-def test_memory_that_grows_has_the_engine_started_afresh(tmp_path: Path) -> None:
-    """An engine may live for minutes however it grows, and grow by a quarter; here for no time, and by nothing."""
+def test_an_engine_whose_memory_grows_is_restarted(tmp_path: Path) -> None:
+    """By default an engine stays up for minutes and may grow by a quarter; here neither."""
     manifest = questions(tmp_path / "m.jsonl", 6000)
-    soon = "import batchvl.serving.recycle as g; g.MIN_UP_SECONDS, g.MIN_UP_STARTS, g.MIN_GAIN = 0.0, 0, 1.0"
+    early = "import batchvl.serving.recycle as r; r.MIN_UP_SECONDS, r.MIN_UP_STARTS, r.MIN_GAIN = 0.0, 0, 1.0"
     options = ("--model", "shapes", "--engine-memory", "1MB", *SMALL)
-    run = Run(tmp_path / "out", *options, manifest=manifest, before=soon).wait()
+    run = Run(tmp_path / "out", *options, manifest=manifest, before=early).wait()
     assert run.code == 0
     assert run.right() == 6000
     assert run.summary["engine_restarts"] >= 1
     assert run.summary["engine_deaths"] == 0
-    assert "note: the engine holds" in run.said
+    assert "note: the engine holds" in run.output
 
 
-def test_rows_about_the_same_pictures_share_what_turbomind_keeps_of_them(tmp_path: Path) -> None:
-    """Their common beginning goes ahead; pictures of up to four tiles end somewhere within a block of 64 tokens."""
+def test_rows_about_the_same_images_share_turbomind_s_prefix_cache(tmp_path: Path) -> None:
+    """Their common prefix is computed first; images of up to four tiles end within a block of 64 tokens."""
     manifest = questions(tmp_path / "m.jsonl", 1200)
     options = ("--model", "shapes", "--backend", "turbomind", *SMALL)
     run = Run(tmp_path / "out", *options, manifest=manifest).wait()
@@ -340,12 +353,12 @@ def test_rows_about_the_same_pictures_share_what_turbomind_keeps_of_them(tmp_pat
     assert run.right() == 1200
 
 
-def test_a_missing_library_is_named(tmp_path: Path) -> None:
+def test_a_missing_library_is_reported(tmp_path: Path) -> None:
     environment = {name: text for name, text in os.environ.items() if name != "LD_LIBRARY_PATH"}
     command = [sys.executable, "-m", "batchvl", "run", str(SHAPES), "--model", "shapes", "-o", str(tmp_path / "out")]
     run = subprocess.run([*command, "--backend", "turbomind"], env=environment, capture_output=True, text=True)
     print(run.stderr)
     if run.returncode == 3:
-        pytest.skip("TurboMind's libraries are found without LD_LIBRARY_PATH here")
+        pytest.skip("TurboMind finds its libraries without LD_LIBRARY_PATH here")
     assert run.returncode == 2
     assert "libcublas.so.12" in run.stderr
