@@ -73,7 +73,7 @@ async def test_a_directory_without_weights(copy):
 
 
 async def test_an_invalid_name_for_the_hub(tmp_path):
-    assert "no name of the Hugging Face hub" in await refusal("not a name!")
+    assert "nor a valid name on the Hugging Face hub" in await refusal("not a name!")
 
 
 async def test_a_model_of_the_hub_while_offline(monkeypatch, tmp_path):
