@@ -1,1 +1,1 @@
-"""TODO"""
+"""Runs: the stages wired together, from the options to the summary."""

@@ -1,4 +1,7 @@
-"""Rows that an engine died over: kept aside, and tried again in ever smaller groups until the culprit is alone."""
+"""Rows over which an engine died: kept aside, and retried in smaller and smaller groups until the cause is alone.
+
+This is group testing by bisection: each group is halved until a single row is left.
+"""
 
 from __future__ import annotations
 
@@ -8,60 +11,65 @@ from typing import NamedTuple
 from ..serving.exits import EngineExited
 from ..types import Row
 
-ROWS, BYTES = 4096, 256 * 2**20
-"""So many rows, or picture bytes that they carry, are tried again before all others, since they stay in memory."""
+MAX_ROWS, MAX_BYTES = 4096, 256 * 2**20
+"""With more suspects than this, or more bytes of inline images, they are retried at once: they stay in memory."""
 DEATHS = 2
 
 
 class PoisonRow(NamedTuple):
-    """A row that an engine died over while it had nothing else, and not for the first time."""
+    """A row that was alone in the engine when it died, and not for the first time."""
 
     row: Row
-    died: EngineExited
+    exited: EngineExited
+    """The last exit."""
     deaths: int
+    """Number of exits that the row was involved in."""
 
 
 class PoisonBisector:
-    """Who is blamed for which death, and which group is tried next."""
+    """Tracks which rows were in flight in which exit, and which group is retried next."""
 
     def __init__(self) -> None:
-        self._blamed: dict[EngineExited, list[Row]] = {}
+        self._suspects: dict[EngineExited, list[Row]] = {}
         self._rows = self._bytes = 0
         self._groups: deque[list[Row]] = deque()
         self._deaths: Counter[int] = Counter()
 
-    def blame(self, row: Row, died: EngineExited) -> None:
-        """The row was in the engine when it died."""
-        self._blamed.setdefault(died, []).append(row)
+    def record_death(self, row: Row, exited: EngineExited) -> None:
+        """Note that the row was in flight when the engine exited."""
+        self._suspects.setdefault(exited, []).append(row)
         self._rows += 1
         self._bytes += row.inline_bytes
 
     @property
     def full(self) -> bool:
-        """Whether there are too many to leave them for later."""
-        return self._rows > ROWS or self._bytes > BYTES
+        """Whether the suspects must be retried before any other rows are admitted."""
+        return self._rows > MAX_ROWS or self._bytes > MAX_BYTES
 
-    def sift(self) -> tuple[list[PoisonRow], bool]:
-        """Splits the rows blamed since the last call into groups; the culprits among them, and whether that was
-        progress: a group became smaller, or a culprit was found.
+    def split(self) -> tuple[list[PoisonRow], bool]:
+        """Split the rows recorded since the last call into groups.
+
+        Returns:
+            The poison rows among them, and whether there was progress: a group became smaller, or a poison row was
+            found.
         """
-        culprits, progress = [], False
-        for died, rows in self._blamed.items():
+        poison, progress = [], False
+        for exited, rows in self._suspects.items():
             self._deaths.update(row.number for row in rows)
             deaths = self._deaths[rows[0].number]
             if len(rows) > 1:
                 middle = len(rows) // 2
                 self._groups += (rows[:middle], rows[middle:])
                 progress = True
-            elif deaths < DEATHS or died.answered:
-                self._groups.appendleft(rows)  # alone in a new process: if that dies too, nothing else can have done it
+            elif deaths < DEATHS or exited.answered:
+                self._groups.appendleft(rows)  # alone in a new process: if that dies too, the row is to blame
             else:
-                culprits.append(PoisonRow(rows[0], died, deaths))
+                poison.append(PoisonRow(rows[0], exited, deaths))
                 progress = True
-        self._blamed.clear()
+        self._suspects.clear()
         self._rows = self._bytes = 0
-        return culprits, progress
+        return poison, progress
 
     def next_group(self) -> list[Row] | None:
-        """The rows to try next, with nothing else in the engine."""
+        """Return the rows to retry next, with no others in the engine; None if there are none."""
         return self._groups.popleft() if self._groups else None

@@ -1,4 +1,4 @@
-"""What a run has done so far: counts, rates and where the time went, on a terminal's line or in a log."""
+"""The progress of a run: its counts, rates and mean times, shown on a terminal or as lines in a log."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tqdm import tqdm
 from ..results.record import Counts, Record
 
 LOG_SECONDS = 30.0
-"""How often a line is written where there is no terminal."""
+"""Seconds between two lines if there is no terminal."""
 EXAMPLE_CHARACTERS = 200
 STAGES = ("fetch", "prepare", "engine", "waiting")
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """A bar of this process alone.
+    """A progress bar with a lock for this process only.
 
-    The lock that tqdm makes otherwise is a semaphore in /dev/shm for a moment, which kill -9 can leave there.
+    tqdm's own lock is for several processes: a semaphore in /dev/shm, which `kill -9` would leave behind.
     """
 
 
@@ -32,7 +32,11 @@ Bar.set_lock(threading.RLock())
 
 
 class LogHandler(logging.Handler):
-    """Write log records of INFO and above as lines, by `write`; any thread may log."""
+    """Write log records of level INFO and above as lines. Any thread may log.
+
+    Args:
+        write: Writes one line.
+    """
 
     def __init__(self, write: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
@@ -49,7 +53,7 @@ class LogHandler(logging.Handler):
 
 @contextmanager
 def log_to(write: Callable[[str], None]) -> Iterator[None]:
-    """Write what the package "batchvl" logs, INFO and above, by `write`, inside the `with`."""
+    """Write what the package "batchvl" logs, INFO and above, inside the `with`."""
     logger = logging.getLogger("batchvl")
     handler = LogHandler(write)
     level = logger.level
@@ -65,53 +69,66 @@ def log_to(write: Callable[[str], None]) -> Iterator[None]:
 
 
 class Progress:
-    """Counts of one run. Rows count once they are on disk; rates are over this run, not over what it resumed.
+    """The counts of one run, shown on standard error: a tqdm bar on a terminal, else a line every LOG_SECONDS.
 
-    `expected()` is the number of rows of the shard, as well as it is known yet; `before` counts the rows that were
-    done already. Lines go to standard error: a tqdm bar on a terminal, else one plain line every LOG_SECONDS. When
-    standard error is gone, as with a closed terminal, it falls silent.
+    Rows count once they are on disk. Rates are of this run, without the rows that it resumed from. If standard error
+    is gone, as with a closed terminal, nothing is shown any more.
+
+    Args:
+        expected: Returns the number of rows of the shard, as far as it is known.
+        before: Counts of the rows that earlier runs finished.
+        quiet: Show nothing.
     """
 
     def __init__(self, expected: Callable[[], int | None], before: Counts, *, quiet: bool = False) -> None:
         self.started = time.monotonic()
         self.committed = Counts()
+        """Counts of the rows that this run has written to disk."""
         self.images = self.input_tokens = self.output_tokens = 0
-        self._expected, self._before, self._quiet = expected, before, quiet
-        self._spent: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        """The first failure of each code, with its row."""
+        """The first failure of each error code, with its row."""
+        self._expected, self._before, self._quiet = expected, before, quiet
+        self._stage_seconds: Counter[str] = Counter()
         self._up_at: float | None = None
-        self._gpu_wait: Callable[[], float] = lambda: 0.0
+        self._wait_share: Callable[[], float] = lambda: 0.0
         self._bar: Bar | None = None
         if not quiet and sys.stderr.isatty():
             self._bar = Bar(
-                total=expected(), initial=before.rows, unit=" rows", dynamic_ncols=True, smoothing=0.05,
+                total=expected(),
+                initial=before.rows,
+                unit=" rows",
+                dynamic_ncols=True,
+                smoothing=0.05,
                 desc="starting the engine",
-            )  # fmt: skip
+            )
 
-    def engine_up(self, gpu_wait: Callable[[], float]) -> None:
-        """Rates are told from now on. gpu_wait: the share of the time in which the engine was short of rows."""
-        self._up_at, self._gpu_wait = time.monotonic(), gpu_wait
+    def engine_up(self, wait_share: Callable[[], float]) -> None:
+        """Show rates from now on.
 
-    def spent(self, name: str, seconds: float) -> None:
-        """A row's time in a stage."""
-        self._spent[name] += seconds  # type: ignore[assignment]
+        Args:
+            wait_share: Returns the share of its time in which the engine was short of rows.
+        """
+        self._up_at, self._wait_share = time.monotonic(), wait_share
 
-    def answered(self, record: Record) -> None:
-        """A row has come to its end, though it is not on disk yet."""
+    def add_stage_time(self, stage: str, seconds: float) -> None:
+        """Add the time that rows spent in a stage."""
+        self._stage_seconds[stage] += seconds  # type: ignore[assignment]
+
+    def add_record(self, record: Record) -> None:
+        """Count a row that is finished but not on disk yet."""
         if record.status == "ok":
             self.images += len(record.images)
         elif record.error is not None and record.error.code not in self.examples:
-            said = " ".join(record.error.message.split())
-            self.examples[record.error.code] = f"row {record.row}: {said[:EXAMPLE_CHARACTERS]}"
+            message = " ".join(record.error.message.split())
+            self.examples[record.error.code] = f"row {record.row}: {message[:EXAMPLE_CHARACTERS]}"
         self.input_tokens += record.input_tokens or 0
         self.output_tokens += record.output_tokens or 0
-        self._spent["row"] += record.seconds  # type: ignore[assignment]
+        self._stage_seconds["row"] += record.seconds  # type: ignore[assignment]
 
     def commit(self, counts: Counts) -> None:
-        """Rows are on disk."""
+        """Count rows that are on disk now."""
         self.committed.add(counts)
-        with self._lenient():
+        with self._ignore_closed_terminal():
             if self._bar is not None:
                 self._bar.total = self._expected()
                 self._bar.set_description_str(refresh=False)
@@ -119,7 +136,7 @@ class Progress:
                 self._bar.update(counts.rows)
 
     async def tick(self) -> None:
-        """Keeps telling how far it is, also where nothing is committed for long."""
+        """Write a line every LOG_SECONDS if there is no terminal, even if no rows are committed. Runs for ever."""
         while True:
             await asyncio.sleep(LOG_SECONDS)
             if self._bar is None and self._before.rows + self.committed.rows != self._expected():
@@ -127,44 +144,44 @@ class Progress:
 
     def write(self, text: str) -> None:
         """Write a line without breaking the bar."""
-        with self._lenient():
+        with self._ignore_closed_terminal():
             if not self._quiet:
                 Bar.write(text, file=sys.stderr)
                 sys.stderr.flush()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
-        with self._lenient():
+        """Stop updating the bar, and leave it on the screen."""
+        with self._ignore_closed_terminal():
             if self._bar is not None:
                 self._bar.close()
 
     @contextmanager
-    def _lenient(self) -> Iterator[None]:
+    def _ignore_closed_terminal(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError):  # no such terminal any more; a closed file
+        except (OSError, ValueError):  # the terminal is gone; the file is closed
             self._quiet, self._bar = True, None
 
-    def leading_failures(self, most: int = 3) -> str:
-        """The most frequent error codes, earlier runs included, with how many rows each and an example, for people."""
+    def leading_failures(self, count: int = 3) -> str:
+        """Return the most frequent error codes, also of earlier runs, each with its number of rows and an example."""
         total = Counts()
         total.add(self._before)
         total.add(self.committed)
-        causes = Counter(total.failed).most_common(most)
+        causes = Counter(total.failed).most_common(count)
         examples = {code: f", such as {example}" for code, example in self.examples.items()}
-        return "; ".join(f"{count:,} {code}{examples.get(code, '')}" for code, count in causes)
+        return "; ".join(f"{rows:,} {code}{examples.get(code, '')}" for code, rows in causes)
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
     def mean_seconds(self) -> dict[str, float]:
-        """Mean seconds that a row spent in each stage; "waiting" is all between them."""
+        """Return the mean seconds that a row spent in each stage; "waiting" is the time between them."""
         rows = max(1, self.committed.rows)
-        spent = {name: self._spent[name] for name in STAGES[:-1]}
-        waiting = max(0.0, self._spent["row"] - sum(spent.values()))
-        return {name: round(value / rows, 6) for name, value in {**spent, "waiting": waiting}.items()}
+        stages = {stage: self._stage_seconds[stage] for stage in STAGES[:-1]}
+        waiting = max(0.0, self._stage_seconds["row"] - sum(stages.values()))
+        return {name: round(seconds / rows, 6) for name, seconds in {**stages, "waiting": waiting}.items()}
 
     def _rates(self) -> str:
         seconds = self._up_seconds()
@@ -172,14 +189,14 @@ class Progress:
         if self.images:
             parts.insert(0, f"{self.images / seconds:,.1f} images/s")
         failed = self._before.failures + self.committed.failures
-        return ", ".join([*parts, f"{failed:,} failed", f"the engine waits {self._gpu_wait():.0%}"])
+        return ", ".join([*parts, f"{failed:,} failed", f"engine waiting {self._wait_share():.0%}"])
 
     def _up_seconds(self) -> float:
         return max(time.monotonic() - (self._up_at or self.started), 1e-9)
 
     def _line(self) -> str:
         if self._up_at is None:
-            return f"the engine is starting, for {Bar.format_interval(int(self.seconds))} so far"
+            return f"starting the engine ({Bar.format_interval(int(self.seconds))} so far)"
         done, total = self._before.rows + self.committed.rows, self._expected()
         rate = self.committed.rows / self._up_seconds()
         of, left = f" of {total:,}" if total is not None else "", ""

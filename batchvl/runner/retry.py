@@ -1,4 +1,4 @@
-"""Asking failed rows again: `batchvl retry`."""
+"""`batchvl retry`: retry rows that failed."""
 
 from __future__ import annotations
 
@@ -31,55 +31,68 @@ def retry(
     quiet: bool = False,
     **options: Any,
 ) -> list[Summary]:
-    """Asks again the rows of an output folder that failed for reasons that may pass; what `batchvl retry` does.
+    """Retry failed rows of an output, as `batchvl retry` does. By default those with a retryable error code.
 
-    codes: instead, those that failed with one of these; all: all that failed. The answers' meaning stays the run's:
-    `options` are those of `run` that do not change it. What came before stays in the output; a later result wins, but
-    never a failure over an answer. A retry that was stopped goes on where it was. Of several shards each is one run;
-    `shard` names one of them. Returns their summaries, none where no row has failed like that; the last one's
-    `exit_code` tells why no more came.
+    Earlier results are kept: in merged results an answer replaces a failure, and a later failure an earlier one. A
+    retry that was stopped resumes where it was. The shards are retried one after the other.
 
-    manifest: where the run's manifest is now, unless it is where it was.
+    Args:
+        out: The output directory, or `s3://BUCKET/PREFIX`.
+        codes: Error codes of the rows to retry, instead of the retryable ones.
+        all: Retry all failed rows.
+        manifest: The present location of the manifest, if it has moved.
+        config: The TOML job file.
+        quiet: Whether to show no progress.
+        **options: Options of `run` that do not change what an answer means; `shard` selects one shard. The others are
+            those of the run.
 
-    Raises ResumeError where `out` is no output folder, and what `run` raises.
+    Returns:
+        The summary of each shard that had such rows. A shard that is stopped is the last.
+
+    Raises:
+        ResumeError: `out` is not the output of a run.
+        BatchvlError: Nothing could be run; see `run`.
     """
     storage, selection = open_output(out, options.get("work")), RetrySelection.of(codes, all=all)
     run_file = storage.run_file()
     for name in options:
         if name in MEANING:
-            raise OptionError(f"{flag(name)}: changes what an answer means: a retry has the run's")
+            raise OptionError(f"{flag(name)}: not allowed, since it would change what an answer means")
         if name not in RETRY_OPTIONS:
-            raise OptionError(f"{flag(name)}: is no option of a retry")
-    source, found = resolve_options(_manifest(run_file, storage, manifest), config, options)
-    free = {name: value for name, value in found.flat().items() if name in RETRY_OPTIONS}
-    chosen = RunOptions.of(**free, **run_file.options, output=os.fspath(out))
+            raise OptionError(f"{flag(name)}: not an option of retry")
+    source, resolved = resolve_options(_manifest(run_file, storage, manifest), config, options)
+    free = {name: value for name, value in resolved.flat().items() if name in RETRY_OPTIONS}
+    run_options = RunOptions.of(**free, **run_file.options, output=os.fspath(out))
     summaries: list[Summary] = []
-    for shard in _shards(storage, run_file, found.manifest.shard):
+    for shard in _shards(storage, run_file, resolved.manifest.shard):
         if not any(map(len, selection.failed(storage.shard(shard).recover().outcomes()).values())):
             continue
-        job = Job(source, replace(chosen, manifest=replace(chosen.manifest, shard=shard)), quiet=quiet, retry=selection)
-        summaries.append(job.run())
+        shard_options = replace(run_options, manifest=replace(run_options.manifest, shard=shard))
+        summaries.append(Job(source, shard_options, quiet=quiet, retry=selection).run())
         if summaries[-1].exit_code not in (0, 3):
             break
     return summaries
 
 
-def _manifest(run_file: RunFile, storage: Storage, named: str | os.PathLike[str] | None) -> str:
-    """Where the manifest is: as named, where it was, or beside the output folder. Raises OptionError."""
-    if named is not None:
-        return os.fspath(named)
-    sibling = storage.sibling(Path(run_file.manifest).name)
-    for path in (Path(run_file.manifest), *([sibling] if sibling else [])):
+def _manifest(run_file: RunFile, storage: Storage, manifest: str | os.PathLike[str] | None) -> str:
+    """Return the manifest: as given, where the run found it, or next to the output. Raises OptionError."""
+    if manifest is not None:
+        return os.fspath(manifest)
+    original = Path(run_file.manifest)
+    for path in filter(None, (original, storage.sibling(original.name))):
         if path.exists() or any(path.parent.glob(path.name)):
             return str(path)
-    raise OptionError(f"{storage}: its manifest {run_file.manifest} is not here: say where it is by --manifest")
+    raise OptionError(f"{storage}: cannot find its manifest {run_file.manifest}; specify it with --manifest")
 
 
-def _shards(storage: Storage, run_file: RunFile, wanted: Shard) -> list[Shard]:
-    """Those that have been begun, or the one that is wanted. Raises ResumeError where the run has no such shard."""
-    begun = [folder.shard for folder in storage.shards(run_file.shards)]
-    if wanted == Shard():
+def _shards(storage: Storage, run_file: RunFile, selected: Shard) -> list[Shard]:
+    """Return the shards that have begun, or the selected one of them. Raises ResumeError if the run has no such shard.
+
+    The default shard selects all.
+    """
+    begun = [directory.shard for directory in storage.shards(run_file.shards)]
+    if selected == Shard():
         return begun
-    if wanted.count != run_file.shards:
-        raise ResumeError(f"{storage}: has {run_file.shards} shards, and --shard {wanted} is none of them")
-    return [shard for shard in begun if shard == wanted]
+    if selected.count != run_file.shards:
+        raise ResumeError(f"{storage}: has {run_file.shards} shards; --shard {selected} is not one of them")
+    return [shard for shard in begun if shard == selected]

@@ -1,12 +1,12 @@
-"""The loop that joins the stages: row in, record out."""
+"""The core loop of a run: manifest -> fetch -> prepare -> engine -> journal, with one task per row."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-
-import tenacity
+from collections.abc import AsyncIterator, Iterable
+from typing import NamedTuple
 
 from ..concurrency import SharedTask
 from ..config.options import RunOptions
@@ -24,52 +24,100 @@ from .progress import Progress
 MIN_IN_FLIGHT = 256
 """Rows between manifest and journal, even for an engine that holds few."""
 WAITING_ROWS = 4096
-"""Rows that may wait for a retry before the intake waits for them."""
+"""Rows that may wait for a retry before no more are admitted."""
+RETRY_SECONDS = 0.5
+"""Pause before the first retry. Later ones are random, of up to this long, doubled with each attempt."""
+MAX_RETRY_SECONDS = 60.0
+
+
+class Outcome(NamedTuple):
+    """The result of an attempt at a row."""
+
+    response: Response
+    images: tuple[Image, ...] = ()
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether it is a failure that a retry of the engine may fix. Fetching has retries of its own."""
+        failure = self.response.failure
+        return failure is not None and failure.retryable and failure.stage == "engine"
+
+
+class Slot:
+    """A row's slot among those in flight. Created acquired; `release` may be called more than once."""
+
+    __slots__ = ("_held", "_slots")
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self._slots, self._held = slots, True
+
+    async def acquire(self) -> None:
+        await self._slots.acquire()
+        self._held = True
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self._slots.release()
 
 
 class Scheduler:
-    """Answers rows; every stage is open while it lives. `stop` may be called from a signal handler."""
+    """Takes every row through the stages, which are open while it lives.
+
+    Args:
+        options: The run's options.
+        images: The stages before the engine.
+        engine: The engine.
+        store: The journal of results.
+        progress: Counts what is finished.
+    """
 
     def __init__(
-        self, options: RunOptions, ahead: ImagePipeline, engine: ReplicaPool, output: ResultStore, progress: Progress
+        self, options: RunOptions, images: ImagePipeline, engine: ReplicaPool, store: ResultStore, progress: Progress
     ) -> None:
-        self._options, self._ahead, self._engine = options, ahead, engine
-        self._output, self._progress = output, progress
+        self._options, self._images, self._engine = options, images, engine
+        self._store, self._progress = store, progress
         self._slots = asyncio.Semaphore(MIN_IN_FLIGHT)
-        self._inline = ahead.inline_budget
-        self._waiting = 0
-        self._fewer_wait = asyncio.Event()
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._active = 0
-        self._exhausted = False
+        self._intake: asyncio.Task[bool] | None = None
+        self._all_admitted = False
+        self._attempting = 0
+        self._waiting = 0
+        self._fewer_waiting = asyncio.Event()
         self._gave_up = asyncio.Event()
         self._suspects = PoisonBisector()
-        self._intake: asyncio.Task[bool] | None = None
-        self._taken_in = False
         self.stopped: BatchvlError | None = None
-        """Why no new rows are taken, once that is so."""
+        """Why no more rows are admitted, once that is so."""
 
-    async def answer(self, rows: AsyncIterator[Row]) -> None:
-        """Answers every row, then again those that the engine died over, in ever smaller groups.
+    async def run(self, rows: AsyncIterator[Row]) -> None:
+        """Process all rows, then those over which the engine died, in smaller and smaller groups.
 
-        Returns early once stopped. Raises a BatchvlError where the run cannot go on.
+        Returns early if stopped. Raises a BatchvlError if the run cannot continue.
         """
-        watch = asyncio.create_task(self._watch())
+        watch = asyncio.create_task(self._watch_engine())
         groups = group_by_images(rows, self._options.image.look_ahead)
+        exhausted = False
         try:
-            while not self._exhausted and self.stopped is None:
-                self._exhausted = await self._phase(groups)
+            while not exhausted and self.stopped is None:
+                exhausted = await self._run_phase(groups)
                 while group := self._suspects.next_group():
                     with self._engine.single_replica():
-                        await self._phase(_each(group))
+                        await self._run_phase(_one_by_one(group))
         finally:
             watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)  # what it raised, the rows were told as well
+            await asyncio.gather(watch, return_exceptions=True)  # the rows have raised what it raises
 
     def stop(self, reason: BatchvlError, grace: float) -> int:
-        """Takes no new rows; those in the engine have `grace` seconds. Returns how many those are.
+        """Admit no more rows, and give those inside the engines a limited time. May be called from a signal handler.
 
-        Called again it can only shorten the time that is left.
+        Another call can only shorten the time.
+
+        Args:
+            reason: Why.
+            grace: Seconds after which the engines are killed.
+
+        Returns:
+            The number of rows inside the engines.
         """
         asyncio.get_running_loop().call_later(grace, self._engine.kill, "the run is stopping")
         if self.stopped is None:
@@ -81,168 +129,164 @@ class Scheduler:
                     task.cancel()
         return self._engine.in_flight
 
-    async def _phase(self, groups: AsyncIterator[list[Row]]) -> bool:
-        """Rows until they end, which is True, or there are too many suspects; all have come out on return."""
-        self._taken_in = False
+    async def _run_phase(self, groups: AsyncIterator[list[Row]]) -> bool:
+        """Process rows until there are no more, or too many suspects. Return whether there are no more."""
+        self._all_admitted = False
         self._gave_up.clear()
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._intake = tasks.create_task(self._take_in(groups, tasks))
+                self._intake = intake = tasks.create_task(self._admit(groups, tasks))
         except BaseExceptionGroup as group:
-            error = _first(group)
+            error = _main_error(group)
             if self.stopped is not None and isinstance(error, EngineLost):
-                error = self.stopped  # an engine that ends in its grace is what was asked for
+                error = self.stopped  # the engine was killed after its grace
             raise error from None
         if self.stopped is not None:
-            self._suspects = PoisonBisector()  # the next run tries them again
-        culprits, progress = self._suspects.sift()
-        for culprit in culprits:
-            self._condemn(culprit)
+            self._suspects = PoisonBisector()  # the next run retries them
+        poison, progress = self._suspects.split()
+        for row in poison:
+            self._fail_poison_row(row)
         if progress:
             self._engine.note_progress()
-        return not self._intake.cancelled() and self._intake.result()
+        return not intake.cancelled() and intake.result()
 
-    async def _take_in(self, groups: AsyncIterator[list[Row]], tasks: asyncio.TaskGroup) -> bool:
+    async def _admit(self, groups: AsyncIterator[list[Row]], tasks: asyncio.TaskGroup) -> bool:
+        """Start a task for each row as slots become free. Return False if it stopped because of the suspects."""
         async for rows in groups:
-            while self._waiting >= WAITING_ROWS:  # here, not with a slot in hand, which the waiting rows need
-                self._fewer_wait.clear()
-                await self._fewer_wait.wait()
-            for row in rows:  # a slot for each before the first begins: none waits for one with pictures in hand
-                await self._inline.acquire(row.inline_bytes)
+            while self._waiting >= WAITING_ROWS:  # here, where no slot is held: the waiting rows need slots
+                self._fewer_waiting.clear()
+                await self._fewer_waiting.wait()
+            for row in rows:  # all slots first: no row holds images while it waits for a slot
+                await self._images.inline_budget.acquire(row.inline_bytes)
                 await self._slots.acquire()
-            prepared = self._ahead.prepare_group(rows)
+            prepared = self._images.prepare_group(rows)
             for row in rows:
-                self._tasks[row.number] = tasks.create_task(self._row(row, prepared))
+                self._tasks[row.number] = tasks.create_task(self._process_row(row, prepared))
             if self._suspects.full:
                 return False
-        self._taken_in = True
+        self._all_admitted = True
         return True
 
-    async def _row(self, row: Row, prepared: SharedTask[PreparedGroup]) -> None:
-        """One row from the manifest to the journal. Called with a slot taken."""
+    async def _process_row(self, row: Row, prepared: SharedTask[PreparedGroup]) -> None:
+        """Take one row from the manifest to the journal. Its slot and inline bytes are acquired."""
         started = time.monotonic()
-        attempts = 1
-        slot = True
+        slot = Slot(self._slots)
         try:
-            await self._output.wait_for_capacity()
-            response, images = await self._attempt(row, prepared)
-            if _may_pass(response) and self.stopped is not None:
-                return  # the next run asks again
-            if _may_pass(response) and self._options.engine.retries:
-                self._slots.release()
-                slot = False
-                self._waiting += 1
-                try:
-                    attempts, response, images = await self._again(row, response, images)
-                finally:
-                    self._waiting -= 1
-                    self._fewer_wait.set()
-                if _may_pass(response) and self.stopped is not None:
-                    return
+            await self._store.wait_for_capacity()
+            outcome, attempts = await self._attempt(row, prepared), 1
+            if outcome.is_transient:
+                outcome, attempts = await self._retry(row, outcome, slot)
+                if outcome.is_transient and self.stopped is not None:
+                    return  # the next run retries it
             if self._engine.info is None:
-                await self._engine.started()  # were it refused, nothing would have been run, and nothing be written
-            self._finish(_record(row, response, images, attempts, time.monotonic() - started))
-        except EngineExited as died:
-            self._suspects.blame(row, died)
+                await self._engine.started()  # if the engine refuses to start, nothing may be written
+            self._finish(_record(row, outcome, attempts, time.monotonic() - started))
+        except EngineExited as exited:
+            self._suspects.record_death(row, exited)
         finally:
-            if slot:
-                self._slots.release()
-            self._inline.release(row.inline_bytes)
+            slot.release()
+            self._images.inline_budget.release(row.inline_bytes)
             del self._tasks[row.number]
 
-    async def _attempt(self, row: Row, prepared: SharedTask[PreparedGroup]) -> tuple[Response, tuple[Image, ...]]:
-        """The way of a row, stage by stage. A failure in any of them is its response."""
-        self._active += 1
+    async def _attempt(self, row: Row, prepared: SharedTask[PreparedGroup]) -> Outcome:
+        """Take a row through the stages: fetch, prepare, engine. A failure in any of them is its response."""
+        self._attempting += 1
         try:
             if row.failure is not None:
-                return Response(row.number, failure=row.failure), image_stubs(row)
+                return Outcome(Response(row.number, failure=row.failure), image_stubs(row))
             if not row.images and not self._engine.prepares_text:
-                return await self._engine.answer(self._ahead.request(row)), ()
+                return Outcome(await self._engine.answer(self._images.request(row)))
             try:
-                found = await prepared.get()
-                ready = found.requests[row.number]
-                if isinstance(ready, Failure):
-                    return Response(row.number, failure=ready), found.images
-                return await self._engine.answer(ready), found.images
+                group = await prepared.get()
+                request = group.requests[row.number]
+                if isinstance(request, Failure):
+                    return Outcome(Response(row.number, failure=request), group.images)
+                return Outcome(await self._engine.answer(request), group.images)
             finally:
                 prepared.release()
         except RowError as error:
-            return Response(row.number, failure=Failure.of(error)), image_stubs(row)
-        except RowFailed as failed:
-            return Response(row.number, failure=failed.failure), failed.images
+            return Outcome(Response(row.number, failure=Failure.of(error)), image_stubs(row))
+        except RowFailed as error:
+            return Outcome(Response(row.number, failure=error.failure), error.images)
         finally:
-            self._active -= 1
+            self._attempting -= 1
 
-    async def _again(
-        self, row: Row, response: Response, images: tuple[Image, ...]
-    ) -> tuple[int, Response, tuple[Image, ...]]:
-        """Asks a row again after a failure that may pass. While it waits it holds nothing but itself."""
+    async def _retry(self, row: Row, outcome: Outcome, slot: Slot) -> tuple[Outcome, int]:
+        """Retry a row after a transient failure. While it waits, it holds neither a slot nor images.
+
+        Returns:
+            The last outcome, and the number of attempts including the first.
+        """
         attempts = 1
-        retrying = tenacity.AsyncRetrying(
-            sleep=self._wait,
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=60),
-            stop=tenacity.stop_after_attempt(self._options.engine.retries),
-            retry=tenacity.retry_if_result(lambda answer: _may_pass(answer[0]) and self.stopped is None),
-            retry_error_callback=lambda state: state.outcome and state.outcome.result(),
-        )
+        self._waiting += 1
+        try:
+            while outcome.is_transient and attempts <= self._options.engine.retries and self.stopped is None:
+                slot.release()
+                await self._pause(attempts)
+                if self._gave_up.is_set():
+                    return _give_up(outcome), attempts
+                await slot.acquire()
+                attempts += 1
+                outcome = await self._attempt(row, self._images.prepare_group([row]))
+        finally:
+            self._waiting -= 1
+            self._fewer_waiting.set()
+        return outcome, attempts
 
-        async def again() -> tuple[Response, tuple[Image, ...]]:
-            nonlocal attempts
-            if self._gave_up.is_set():
-                assert response.failure is not None
-                text = f"given up while it waited for a retry; its failure was: {response.failure.message}"
-                return Response(row.number, failure=Failure.of(GaveUpWaiting(text))), images
-            attempts += 1
-            async with self._slots:
-                return await self._attempt(row, self._ahead.prepare_group([row]))
+    async def _pause(self, retry: int) -> None:
+        """Wait before a retry, or until rows are not to wait any more.
 
-        await self._wait(0.5)
-        response, images = await retrying(again)
-        return attempts, response, images
-
-    async def _wait(self, seconds: float) -> None:
-        """A row's pause before a retry, which ends early when no more retries are wanted."""
+        Args:
+            retry: 1-based number of the retry.
+        """
+        seconds = RETRY_SECONDS
+        if retry > 1:
+            seconds = random.uniform(0, min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2 ** (retry - 2)))
         try:
             async with asyncio.timeout(seconds):
                 await self._gave_up.wait()
         except TimeoutError:
             pass
 
-    def _condemn(self, culprit: PoisonRow) -> None:
-        row, died, deaths = culprit
-        failure = Failure.of(EngineCrashed(f"twice, the last time over this row alone: {died}"))
-        self._finish(_record(row, Response(row.number, failure=failure), image_stubs(row), deaths, 0.0))
+    def _fail_poison_row(self, poison: PoisonRow) -> None:
+        error = EngineCrashed(f"the engine died twice, the last time over this row alone: {poison.exited}")
+        response = Response(poison.row.number, failure=Failure.of(error))
+        self._finish(_record(poison.row, Outcome(response, image_stubs(poison.row)), poison.deaths, 0.0))
 
     def _finish(self, record: Record) -> None:
-        self._output.add(record)
-        self._progress.answered(record)
+        self._store.add(record)
+        self._progress.add_record(record)
 
-    async def _watch(self) -> None:
-        """Widens the intake to what the engines hold, and lets go of stragglers that keep it waiting."""
+    async def _watch_engine(self) -> None:
+        """Admit as many rows as the engines hold, once they are up; give up on rows that keep them waiting."""
         info = await self._engine.started()
-        room = 2 * info.rows * info.replicas + self._options.fetch.fetch_concurrency
-        for _ in range(room - MIN_IN_FLIGHT):
+        slots = 2 * info.rows * info.replicas + self._options.fetch.fetch_concurrency
+        for _ in range(slots - MIN_IN_FLIGHT):
             self._slots.release()
         while True:
             await asyncio.sleep(1)
-            idle = self._engine.idle_since
-            if self._taken_in and not self._active and idle is not None:
-                longest = self._options.engine.max_idle_gpu
-                if time.monotonic() - idle > longest:
-                    self._gave_up.set()
+            idle_since = self._engine.idle_since
+            if not self._all_admitted or self._attempting or idle_since is None:
+                continue
+            if time.monotonic() - idle_since > self._options.engine.max_idle_gpu:
+                self._gave_up.set()
 
 
-async def _each(rows: Iterable[Row]) -> AsyncIterator[list[Row]]:
+async def _one_by_one(rows: Iterable[Row]) -> AsyncIterator[list[Row]]:
     for row in rows:
         yield [row]
 
 
-def _may_pass(response: Response) -> bool:
-    """Whether asking the engine again may help. Fetching has its own retries, at the place where they can wait."""
-    return response.failure is not None and response.failure.retryable and response.failure.stage == "engine"
+def _give_up(outcome: Outcome) -> Outcome:
+    """Return the outcome of a row that is not retried any more, because only rows like it are left."""
+    response, images = outcome
+    cause = response.failure.message if response.failure is not None else ""
+    error = GaveUpWaiting(f"gave up waiting for a retry; the last failure was: {cause}")
+    return Outcome(Response(response.row, failure=Failure.of(error)), images)
 
 
-def _record(row: Row, response: Response, images: Sequence[Image], attempts: int, seconds: float) -> Record:
+def _record(row: Row, outcome: Outcome, attempts: int, seconds: float) -> Record:
+    response = outcome.response
     return Record(
         row=row.number,
         id=row.id,
@@ -252,7 +296,7 @@ def _record(row: Row, response: Response, images: Sequence[Image], attempts: int
         finish_reason=response.finish_reason,
         input_tokens=response.input_tokens,
         output_tokens=response.output_tokens,
-        images=list(images),
+        images=list(outcome.images),
         error=response.failure,
         attempts=attempts,
         seconds=seconds,
@@ -260,8 +304,8 @@ def _record(row: Row, response: Response, images: Sequence[Image], attempts: int
     )
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that a group of tasks ended with: ours, if there is one."""
+def _main_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that ended a group of tasks: a BatchvlError, if there is one."""
     leaves = list(_leaves(group))
     return next((error for error in leaves if isinstance(error, BatchvlError)), leaves[0])
 

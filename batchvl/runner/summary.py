@@ -1,8 +1,9 @@
-"""What a run came to: printed at its end, and the same as `summary.json` in its output."""
+"""The summary of a run: printed at its end, and written to `summary.json` in its output."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -11,7 +12,22 @@ from ..results.record import Counts
 from .progress import Progress
 
 
+class EngineUse(NamedTuple):
+    """What a run's engine was and how it was used. The defaults are those of a run that started no engine."""
+
+    info: EngineInfo | None = None
+    seconds: float = 0.0
+    """Seconds for which it was up, from the first batch to the last answer."""
+    wait_share: float = 0.0
+    """Share of these seconds, 0 to 1, in which it was short of rows."""
+    deaths: int = 0
+    recycled: int = 0
+    """Number of restarts because its memory had grown."""
+
+
 class _End(msgspec.Struct):
+    """The fields of a summary that say how a run ended."""
+
     rows: int
     exit_code: int
 
@@ -25,7 +41,7 @@ class Summary(msgspec.Struct):
     """The merged file, once there is one."""
     exit_code: int
     rows: int
-    """Rows on disk, those of earlier runs included."""
+    """Rows on disk, including those of earlier runs."""
     ok: int
     failed: int
     failures: dict[str, int]
@@ -35,7 +51,7 @@ class Summary(msgspec.Struct):
     resumed: int
     """Rows that were done before this run."""
     expected: int | None
-    """Rows of the shard; None where the run stopped before it was known."""
+    """Rows of the shard; None if the run stopped before the number was known."""
     seconds: float
     rows_per_second: float
     images: int
@@ -43,31 +59,31 @@ class Summary(msgspec.Struct):
     output_tokens: int
     tokens_per_second: float
     mean_seconds: dict[str, float]
-    """What a row spent on average in fetching, preparing, the engine, and waiting in between."""
+    """Mean seconds of a row in each stage (fetch, prepare, engine) and between them (waiting)."""
     engine_seconds: float
-    """For how long the engine was up, from the first rows that it was handed to its last answer."""
+    """Seconds for which the engine was up, from its first rows to its last answer."""
     gpu_wait: float
-    """The share of these, 0 to 1, in which it was short of rows."""
+    """Share of `engine_seconds`, 0 to 1, in which the engine was short of rows."""
     engine_deaths: int
     engine_restarts: int
-    """How often the engine was started afresh because its memory had grown."""
+    """Number of times that the engine was restarted because its memory had grown."""
     engine: EngineInfo | None = None
     message: str = ""
-    """Why the exit code is not 0, where it is not."""
+    """The reason for an exit code other than 0."""
 
     def write(self, path: Path) -> None:
-        """Writes the summary as JSON, in place of an older one."""
+        """Write the summary as JSON, replacing an older one."""
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
         temporary.replace(path)
 
-    def is_told(self, path: Path) -> bool:
-        """Whether a summary is there that tells of the same end: of a run killed before its own it would be another."""
+    def already_recorded(self, path: Path) -> bool:
+        """Return whether the file holds a summary with the same end, written by an earlier run."""
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=_End)
+            end = msgspec.json.decode(path.read_bytes(), type=_End)
         except (OSError, msgspec.DecodeError):
             return False
-        return (found.rows, found.exit_code) == (self.rows, self.exit_code)
+        return (end.rows, end.exit_code) == (self.rows, self.exit_code)
 
     def __str__(self) -> str:
         of = f" of {self.expected:,}" if self.expected is not None and self.expected > self.rows else ""
@@ -76,44 +92,60 @@ class Summary(msgspec.Struct):
         for code, count in sorted(self.failures.items(), key=lambda item: -item[1]):
             lines.append(f"  {count:>8,} {code}{examples.get(code, '')}")
         if self.resumed == self.rows == self.expected and self.rows:
-            lines.append("all of them were done before: there was nothing left to do")
+            lines.append("all rows were done before this run: nothing left to do")
         elif self.resumed:
             lines.append(f"{self.resumed:,} of them were done before this run")
         if self.rows > self.resumed:
             images = f"{self.images_per_second:,.1f} images/s, " if self.images else ""
             rates = f"{self.rows_per_second:,.1f} rows/s, {images}{self.tokens_per_second:,.0f} tokens/s"
             lines.append(f"{self.seconds:,.1f} s: {rates}")
-            spent = ", ".join(f"{name} {_short(seconds)}" for name, seconds in self.mean_seconds.items())
-            lines.append(f"a row's time: {spent}")
-            lines.append(
-                f"the engine waited for rows {self.gpu_wait:.1%} of the {self.engine_seconds:,.1f} s that it was up"
-            )
+            stages = ", ".join(f"{name} {_format_seconds(seconds)}" for name, seconds in self.mean_seconds.items())
+            lines.append(f"mean time of a row: {stages}")
+            waiting = f"it waited for rows {self.gpu_wait:.1%} of that time"
+            lines.append(f"the engine was up for {self.engine_seconds:,.1f} s; {waiting}")
         if self.engine is not None:
             lines.append(str(self.engine))
         if self.engine_deaths:
             lines.append(f"the engine died {_times(self.engine_deaths)}")
         if self.engine_restarts:
-            lines.append(f"the engine was started afresh {_times(self.engine_restarts)}, for its memory had grown")
+            lines.append(f"the engine was restarted {_times(self.engine_restarts)} because its memory had grown")
         if self.message:
             lines.append(self.message)
-        shards = "" if self.results or self.message else f"; once all shards are done: batchvl merge {self.output}"
-        lines.append(f"output: {self.results or self.output}{shards}")
+        merge = "" if self.results or self.message else f"; once all shards are done, run: batchvl merge {self.output}"
+        lines.append(f"output: {self.results or self.output}{merge}")
         return "\n".join(lines)
 
 
 def summarise(
-    progress: Progress, before: Counts, *, manifest: str, output: object, expected: int | None, exit_code: int
+    progress: Progress,
+    before: Counts,
+    engine: EngineUse,
+    *,
+    manifest: str,
+    output: str,
+    expected: int | None,
+    results: str | None,
 ) -> Summary:
-    """The summary of a run that has counted itself in `progress`, on top of what was done `before`."""
+    """Return the summary of a run with exit code 0.
+
+    Args:
+        progress: What the run has counted.
+        before: Counts of the rows that earlier runs finished.
+        engine: What the run's engine was, and how it was used.
+        manifest: The manifest as the user named it.
+        output: The output directory.
+        expected: Rows of the shard, if known.
+        results: The merged file, if there is one.
+    """
     total = Counts()
     total.add(before)
     total.add(progress.committed)
     seconds = max(progress.seconds, 1e-9)
     return Summary(
         manifest=manifest,
-        output=str(output),
-        results=None,
-        exit_code=exit_code,
+        output=output,
+        results=results,
+        exit_code=0,
         rows=total.rows,
         ok=total.ok,
         failed=total.failures,
@@ -128,10 +160,11 @@ def summarise(
         output_tokens=progress.output_tokens,
         tokens_per_second=round(progress.output_tokens / seconds, 3),
         mean_seconds=progress.mean_seconds(),
-        engine_seconds=0.0,
-        gpu_wait=0.0,
-        engine_deaths=0,
-        engine_restarts=0,
+        engine_seconds=round(engine.seconds, 3),
+        gpu_wait=round(engine.wait_share, 4),
+        engine_deaths=engine.deaths,
+        engine_restarts=engine.recycled,
+        engine=engine.info,
     )
 
 
@@ -139,5 +172,5 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def _short(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     return f"{seconds * 1000:,.1f} ms" if seconds < 1 else f"{seconds:,.1f} s"

@@ -18,27 +18,26 @@ from typing import Any
 from batchvl.config.sources import resolve_options
 from batchvl.errors import BatchvlError
 from batchvl.results import Counts
-from batchvl.runner.job import Job
+from batchvl.runner.job import Job, RunObserver
 from batchvl.storage.disk import Disk
 
 from .disks import Seam, disk_of
 
 
-class Telling(Job):
-    """Tells of each commit, as soon as it is told of it."""
+class CommitReporter(RunObserver):
+    """Writes the number of committed rows to standard output after each commit."""
 
-    def _commit(self, counts: Counts) -> None:
-        super()._commit(counts)
-        os.write(1, f"{self.progress.committed.rows}\n".encode())
+    def on_commit(self, committed: Counts) -> None:
+        os.write(1, f"{committed.rows}\n".encode())
 
 
 def main() -> int:
     spec, manifest, options = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     disk: Disk = Disk() if "names" in spec else disk_of(spec)
     try:
-        job = Telling(*resolve_options(manifest, None, options), disk=disk)
+        job = Job(*resolve_options(manifest, None, options), disk=disk, observer=CommitReporter())
         if "names" in spec:
-            refuse_names(str(job.folder), spec["names"], spec["code"])
+            refuse_names(str(job.output.path), spec["names"], spec["code"])
         summary = job.run()
     except BatchvlError as error:
         print(f"Error: {error}", file=sys.stderr)
