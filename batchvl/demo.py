@@ -37,7 +37,7 @@ ROWS_PER_KIND, PAIRS, CONVERSATIONS = 6, 14, 12
 BAD_ROWS = ("missing_file", "corrupt_image", "forbidden_address")
 """IDs of the rows that must fail, which are also their error codes."""
 WIDTH = 100
-"""Columns of a terminal that the report fits."""
+"""Columns at which error messages are wrapped."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
