@@ -1,11 +1,11 @@
-"""A small vision-language model whose answers can be checked, and the drawn pictures it knows.
+"""A tiny vision-language model, and generated images with questions whose correct answers are known.
 
-`scenes` draws pictures of coloured shapes and asks questions about them, each with its true answer. `MODEL` is the
-folder of an InternVL checkpoint (Hugging Face format, 6 MB, vision and language) that answers those questions, so a
-test or a demonstration can tell a swapped picture, a mixed-up row or a lost turn from a right answer, without a
-download. `training/shapes.py` made it.
+`scenes` draws images of coloured shapes and asks questions about them. `MODEL` is an InternVL checkpoint (Hugging Face
+format, 6 MB) that was trained on them by `training/shapes.py`. With it, tests and the demo notice a swapped image, a
+mixed-up row or a lost turn, without a download.
 """
 
 from pathlib import Path
 
 MODEL: Path = Path(__file__).parent / "model"
+"""The directory of the checkpoint."""

@@ -1,6 +1,6 @@
-"""Scenes of coloured shapes: made at random, drawn, and asked about with true answers.
+"""Random scenes of coloured shapes: their images, and questions about them with the correct answers.
 
-Everything random comes from the `random.Random` handed in, so a seed fixes scenes, pixels and questions.
+All randomness comes from the `random.Random` argument, so that a seed determines scenes, pixels and questions.
 
 >>> import random
 >>> rng = random.Random(6)
@@ -32,14 +32,15 @@ COLOURS: dict[str, RGB] = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-#: Where a thing can stand: how far right and how far down of the centre, in steps of 0.32 of the picture's side.
+#: Places of a shape: the offset from the centre to the right and downwards, in steps of `STEP`.
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
 ROW, COLUMN = ("left", "centre", "right"), ("top", "centre", "bottom")
+#: A fraction of the image's width or height.
 STEP = 0.32
 
-#: The kinds of question that `ask_about` knows.
+#: The kinds of questions of `ask_about`.
 KINDS = ("caption", "count", "colour", "shape", "background", "is_there")
-#: Ways to ask for a caption.
+#: Phrases that ask for a caption.
 DESCRIBE = (
     "describe this image",
     "Describe this image.",
@@ -61,7 +62,7 @@ DESCRIBE = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: a name from SHAPES, from COLOURS and from PLACES."""
+    """A shape with a colour and a place, named as in SHAPES, COLOURS and PLACES."""
 
     shape: str
     colour: str
@@ -73,14 +74,17 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three things on a ground of one colour, ordered from left to right or from top to bottom."""
+    """One to three shapes on a background of one colour, ordered from left to right or from top to bottom."""
 
     background: str
     things: tuple[Thing, ...]
 
 
 def make_scene(rng: Random) -> Scene:
-    """One to three different things; two or three stand in one row or one column, so that a caption is unambiguous."""
+    """Return a random scene of one to three different shapes.
+
+    Two or three shapes are in one row or one column, so that a caption is unambiguous.
+    """
     background = rng.choice(list(COLOURS))
     count = rng.choice((1, 1, 2, 2, 3))
     if count == 1:
@@ -101,28 +105,33 @@ def make_scene(rng: Random) -> Scene:
 
 
 def draw_scene(scene: Scene, width: int, height: int, rng: Random, mask: Image.Image | None = None) -> Image.Image:
-    """An RGB picture of width x height pixels; colours, places, sizes and angles vary a little with rng.
+    """Return an RGB image of the scene; colours, places, sizes and angles vary slightly with `rng`.
 
-    mask, an "L" image of the same size, gets 1 + the shape's number in SHAPES in the pixels that a shape covers.
+    Args:
+        scene: The scene.
+        width: Width in pixels.
+        height: Height in pixels.
+        rng: Source of randomness.
+        mask: An "L" image of the same size. Pixels that a shape covers are set to 1 + the shape's index in SHAPES.
     """
     image = Image.new("RGB", (width, height), _vary(COLOURS[scene.background], 8, rng))
-    picture_pen, mask_pen = ImageDraw.Draw(image), ImageDraw.Draw(mask) if mask else None
-    largest = 0.15 if len(scene.things) > 1 else 0.2
+    image_pen, mask_pen = ImageDraw.Draw(image), ImageDraw.Draw(mask) if mask else None
+    max_radius = 0.15 if len(scene.things) > 1 else 0.2
     for thing in scene.things:
         right, down = PLACES[thing.place]
         x = width * (0.5 + STEP * right + rng.uniform(-0.03, 0.03))
         y = height * (0.5 + STEP * down + rng.uniform(-0.03, 0.03))
-        radius = min(width, height) * rng.uniform(0.12, largest)
+        radius = min(width, height) * rng.uniform(0.12, max_radius)
         fill, turn = _vary(COLOURS[thing.colour], 10, rng), rng.uniform(-0.15, 0.15)
-        _draw_shape(picture_pen, thing.shape, x, y, radius, turn, fill)
+        _draw_shape(image_pen, thing.shape, x, y, radius, turn, fill)
         if mask_pen:
             _draw_shape(mask_pen, thing.shape, x, y, radius, turn, 1 + SHAPES.index(thing.shape))
     return image
 
 
 def caption(scene: Scene) -> str:
-    """The one true description of a scene: what stands where, and on what."""
-    things, ground = scene.things, f"on {_article(scene.background)} {scene.background} background"
+    """Return the unique description of a scene: shapes, their order or place, and the background."""
+    things, background = scene.things, f"on {_article(scene.background)} {scene.background} background"
     if len(things) == 1:
         where = {
             "left": "on the left",
@@ -131,18 +140,26 @@ def caption(scene: Scene) -> str:
             "bottom": "at the bottom",
             "centre": "in the centre",
         }[things[0].place]
-        return f"{things[0]} {where} {ground}"
+        return f"{things[0]} {where} {background}"
     in_row = all(thing.place in ROW for thing in things)
     if len(things) == 2:
-        return f"{things[0]} {'left of' if in_row else 'above'} {things[1]} {ground}"
+        return f"{things[0]} {'left of' if in_row else 'above'} {things[1]} {background}"
     order = "from left to right" if in_row else "from top to bottom"
-    return f"{things[0]}, {things[1]} and {things[2]} {order} {ground}"
+    return f"{things[0]}, {things[1]} and {things[2]} {order} {background}"
 
 
 def ask_about(scene: Scene, kind: str, rng: Random) -> tuple[str, str] | None:
-    """A question of one of KINDS and its answer, or None where the kind doesn't fit the scene.
+    """Return a question and its answer, or None if the kind does not fit the scene.
 
-    "colour" and "shape" don't fit when no shape, or no colour, is the only one of its sort. ValueError: no such kind.
+    "colour" does not fit if no shape occurs only once, and "shape" does not fit if no colour does.
+
+    Args:
+        scene: The scene.
+        kind: One of KINDS.
+        rng: Source of randomness.
+
+    Raises:
+        ValueError: The kind is unknown.
     """
     things = scene.things
     if kind == "caption":
@@ -168,11 +185,11 @@ def ask_about(scene: Scene, kind: str, rng: Random) -> tuple[str, str] | None:
         shape = rng.choice(SHAPES)
         question = rng.choice((f"is there a {shape}?", f"Is there a {shape} in the image?"))
         return question, "yes" if _has(scene, shape) else "no"
-    raise ValueError(f"no such kind of question: {kind!r}")
+    raise ValueError(f"unknown kind of question {kind!r}; the kinds are {', '.join(KINDS)}")
 
 
 def ask_about_pair(first: Scene, second: Scene, rng: Random) -> tuple[str, str]:
-    """A question about two pictures and its answer: "image 1", "image 2", "both" or "neither"."""
+    """Return a question about two images and its answer: "image 1", "image 2", "both" or "neither"."""
     shape = rng.choice(SHAPES)
     answers = {(True, False): "image 1", (False, True): "image 2", (True, True): "both", (False, False): "neither"}
     question = rng.choice((f"which image has a {shape}?", f"Which image has a {shape}?"))
@@ -187,16 +204,16 @@ def _article(colour: str) -> str:
     return "an" if colour == "orange" else "a"
 
 
-def _vary(colour: RGB, most: int, rng: Random) -> RGB:
-    """The colour with each channel moved by at most `most`, kept within 0 to 255."""
-    red, green, blue = (max(0, min(255, channel + rng.randint(-most, most))) for channel in colour)
+def _vary(colour: RGB, limit: int, rng: Random) -> RGB:
+    """Return the colour with each channel changed by at most `limit`, clipped to 0 … 255."""
+    red, green, blue = (max(0, min(255, channel + rng.randint(-limit, limit))) for channel in colour)
     return red, green, blue
 
 
 def _draw_shape(
     pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, turn: float, fill: RGB | int
 ) -> None:
-    """One shape around (x, y), in pixels, turned by so many radians."""
+    """Draw a shape around (x, y), in pixels, rotated by `turn` radians."""
     if shape == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         return
@@ -208,8 +225,8 @@ def _draw_shape(
         corners = [(1.3 if k % 2 == 0 else 0.52, -math.pi / 2 + k * math.pi / 5) for k in range(10)]
     pen.polygon(
         [
-            (x + far * radius * math.cos(turn + angle), y + far * radius * math.sin(turn + angle))
-            for far, angle in corners
+            (x + scale * radius * math.cos(turn + angle), y + scale * radius * math.sin(turn + angle))
+            for scale, angle in corners
         ],
         fill=fill,
     )

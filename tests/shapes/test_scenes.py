@@ -1,4 +1,4 @@
-"""Scenes: what is drawn, said and asked agrees, whatever the seed."""
+"""Scenes: image, caption, questions and answers agree for every seed."""
 
 from random import Random
 
@@ -28,7 +28,7 @@ SIZES = [(144, 144), (224, 112), (112, 224)]
 
 
 def colour_at(image: Image.Image, x: float, y: float) -> str:
-    """The name of the colour that is nearest to a pixel's; x and y are shares of the picture's sides."""
+    """Return the name of the colour nearest to a pixel's; x and y are fractions of width and height."""
     pixel = image.getpixel((int(x * image.width), int(y * image.height)))
     assert isinstance(pixel, tuple)
 
@@ -44,7 +44,7 @@ def position(place: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_shape_has_its_colour_at_its_place_and_the_ground_everywhere_else(size: tuple[int, int]) -> None:
+def test_every_shape_has_its_colour_at_its_place_on_the_background(size: tuple[int, int]) -> None:
     for seed in SEEDS:
         rng = Random(seed)
         scene = make_scene(rng)
@@ -57,15 +57,15 @@ def test_every_shape_has_its_colour_at_its_place_and_the_ground_everywhere_else(
             assert colour_at(image, *corner) == scene.background
 
 
-def test_the_mask_marks_each_shape_where_it_was_drawn() -> None:
+def test_the_mask_marks_the_pixels_of_each_shape() -> None:
     for seed in SEEDS:
         rng = Random(seed)
         scene = make_scene(rng)
         mask = Image.new("L", (144, 144))
         image = draw_scene(scene, 144, 144, rng, mask)
-        ground = image.getpixel((0, 0))
+        background = image.getpixel((0, 0))
         assert all(
-            (mask.getpixel((x, y)) == 0) == (image.getpixel((x, y)) == ground)
+            (mask.getpixel((x, y)) == 0) == (image.getpixel((x, y)) == background)
             for x in range(0, 144, 3)
             for y in range(0, 144, 3)
         )
@@ -74,19 +74,19 @@ def test_the_mask_marks_each_shape_where_it_was_drawn() -> None:
             assert mask.getpixel((int(x * 144), int(y * 144))) == 1 + SHAPES.index(thing.shape)
 
 
-def test_the_shapes_are_what_they_are_called() -> None:
+def test_the_shapes_have_the_areas_that_geometry_predicts() -> None:
     areas = {}
     for shape in SHAPES:
         mask = Image.new("L", (144, 144))
         draw_scene(Scene("white", (Thing(shape, "black", "centre"),)), 144, 144, Random(0), mask)
         areas[shape] = sum(value > 0 for value in mask.tobytes()) / 144**2
-    # By geometry, in squares of the radius: star 1.99, triangle 2.03, square 2.88, circle 3.14.
+    # In units of the squared radius: star 1.99, triangle 2.03, square 2.88, circle 3.14.
     assert areas["star"] / areas["circle"] == pytest.approx(1.99 / 3.14, rel=0.06)
     assert areas["triangle"] / areas["circle"] == pytest.approx(2.03 / 3.14, rel=0.06)
     assert areas["square"] / areas["circle"] == pytest.approx(2.88 / 3.14, rel=0.06)
 
 
-def test_a_seed_fixes_scene_picture_and_questions() -> None:
+def test_a_seed_determines_scene_image_and_questions() -> None:
     def everything(seed: int) -> tuple[object, ...]:
         rng = Random(seed)
         scene = make_scene(rng)
@@ -97,7 +97,7 @@ def test_a_seed_fixes_scene_picture_and_questions() -> None:
     assert len({everything(seed)[1] for seed in SEEDS}) == len(SEEDS)
 
 
-def test_the_pictures_are_those_that_the_model_was_trained_on() -> None:
+def test_the_scenes_are_those_that_the_model_was_trained_on() -> None:
     scenes = [make_scene(Random(seed)) for seed in (1, 2, 6)]
     assert [caption(scene) for scene in scenes] == [
         "a purple star, a white star and a red square from left to right on a blue background",
@@ -106,7 +106,7 @@ def test_the_pictures_are_those_that_the_model_was_trained_on() -> None:
     ]
 
 
-def test_a_scene_has_one_to_three_different_things_in_reading_order() -> None:
+def test_a_scene_has_one_to_three_different_shapes_in_reading_order() -> None:
     counts = set()
     for seed in SEEDS:
         scene = make_scene(Random(seed))
@@ -120,19 +120,19 @@ def test_a_scene_has_one_to_three_different_things_in_reading_order() -> None:
     assert counts == {1, 2, 3}
 
 
-def test_scenes_with_the_same_caption_have_the_same_things() -> None:
-    described: dict[str, tuple[object, ...]] = {}
+def test_scenes_with_the_same_caption_have_the_same_shapes() -> None:
+    contents: dict[str, tuple[object, ...]] = {}
     repeats = 0
     for seed in range(20_000):
         scene = make_scene(Random(seed))
-        what = (scene.background, [(thing.shape, thing.colour) for thing in scene.things])
-        repeats += caption(scene) in described
-        assert described.setdefault(caption(scene), what) == what
+        content = (scene.background, [(thing.shape, thing.colour) for thing in scene.things])
+        repeats += caption(scene) in contents
+        assert contents.setdefault(caption(scene), content) == content
     assert repeats > 1000
 
 
 @pytest.mark.parametrize(
-    ("scene", "said"),
+    ("scene", "expected"),
     [
         (Scene("orange", (Thing("star", "red", "top"),)), "a red star at the top on an orange background"),
         (
@@ -147,24 +147,24 @@ def test_scenes_with_the_same_caption_have_the_same_things() -> None:
         ),
     ],
 )
-def test_caption(scene: Scene, said: str) -> None:
-    assert caption(scene) == said
+def test_caption(scene: Scene, expected: str) -> None:
+    assert caption(scene) == expected
 
 
 def test_answers_agree_with_the_scene() -> None:
-    asked = dict.fromkeys(KINDS, 0)
+    questions = dict.fromkeys(KINDS, 0)
     for seed in SEEDS:
         rng = Random(seed)
         scene = make_scene(rng)
         for kind in KINDS:
-            if got := ask_about(scene, kind, rng):
-                question, answer = got
-                asked[kind] += 1
-                assert answer == answer_by_hand(scene, kind, question), (seed, question)
-    assert min(asked.values()) > len(SEEDS) / 2
+            if pair := ask_about(scene, kind, rng):
+                question, answer = pair
+                questions[kind] += 1
+                assert answer == expected_answer(scene, kind, question), (seed, question)
+    assert min(questions.values()) > len(SEEDS) / 2
 
 
-def answer_by_hand(scene: Scene, kind: str, question: str) -> str:
+def expected_answer(scene: Scene, kind: str, question: str) -> str:
     words = set(question.rstrip("?").split())
     if kind == "caption":
         return caption(scene)
@@ -174,12 +174,12 @@ def answer_by_hand(scene: Scene, kind: str, question: str) -> str:
         return scene.background
     if kind == "is_there":
         return "yes" if words & {thing.shape for thing in scene.things} else "no"
-    meant = [thing for thing in scene.things if (thing.shape if kind == "colour" else thing.colour) in words]
-    assert len(meant) == 1, "the question must have one answer"
-    return meant[0].colour if kind == "colour" else meant[0].shape
+    matches = [thing for thing in scene.things if (thing.shape if kind == "colour" else thing.colour) in words]
+    assert len(matches) == 1, "the question must have one answer"
+    return matches[0].colour if kind == "colour" else matches[0].shape
 
 
-def test_a_question_that_has_no_single_answer_is_not_asked() -> None:
+def test_no_question_without_a_unique_answer() -> None:
     same_shape = Scene("white", (Thing("star", "red", "left"), Thing("star", "blue", "right")))
     same_colour = Scene("white", (Thing("star", "red", "left"), Thing("circle", "red", "right")))
     assert ask_about(same_shape, "colour", Random(0)) is None
@@ -193,18 +193,18 @@ def test_an_unknown_kind_is_an_error() -> None:
         ask_about(make_scene(Random(0)), "colours", Random(0))
 
 
-def test_answers_about_two_pictures_agree_with_both() -> None:
+def test_answers_about_two_images_agree_with_both() -> None:
     answers = set()
     for seed in SEEDS:
         rng = Random(seed)
         first, second = make_scene(rng), make_scene(rng)
         question, answer = ask_about_pair(first, second, rng)
         shape = next(shape for shape in SHAPES if shape in question)
-        with_it = [
+        matches = [
             name
             for name, scene in (("image 1", first), ("image 2", second))
             if any(thing.shape == shape for thing in scene.things)
         ]
-        assert answer == {0: "neither", 1: "".join(with_it), 2: "both"}[len(with_it)]
+        assert answer == {0: "neither", 1: "".join(matches), 2: "both"}[len(matches)]
         answers.add(answer)
     assert answers == {"image 1", "image 2", "both", "neither"}
