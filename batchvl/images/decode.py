@@ -197,7 +197,7 @@ def choose_scale(width: int, height: int, resize_target: ResizeTarget) -> int:
 def _classify(data: bytes, error: Exception, source: str) -> PrepareError:
     """Return the row's error for an exception of Pillow, whose types and texts differ from decoder to decoder."""
     if not is_image(data):
-        return NotAnImage(f"{source}: found {describe(data)}, want an image ({', '.join(FORMATS)})")
+        return NotAnImage(f"{source}: found {describe(data)}, expected an image ({', '.join(FORMATS)})")
     reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {type(error).__name__}: {error}"
     if ends_early(data) or isinstance(error, EOFError) or "truncated" in str(error).lower():
         return TruncatedImage(f"{source}: ends after {len(data):,} bytes, before the image is complete{reason}")

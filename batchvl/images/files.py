@@ -73,7 +73,7 @@ def _pinned(path: str, roots: Sequence[Path], max_bytes: int) -> Iterator[tuple[
             )
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise MissingFile(f"{path}: is a {_kind(status.st_mode)}, want a file")
+            raise MissingFile(f"{path}: is a {_kind(status.st_mode)}, expected a file")
         if status.st_size > max_bytes:
             raise TooManyBytes(f"{path}: has {status.st_size:,} bytes, more than --max-image-bytes {max_bytes:,}")
         yield pin, status.st_size

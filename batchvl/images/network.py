@@ -103,7 +103,7 @@ def _parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
         return ipaddress.ip_network(text.strip())
     except ValueError as error:
         raise OptionError(
-            f"--allow-private: found {text!r}, want a network such as 127.0.0.0/8 or an address: {error}"
+            f"--allow-private: found {text!r}, expected a network such as 127.0.0.0/8 or an address: {error}"
         ) from None
 
 

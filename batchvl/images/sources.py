@@ -56,4 +56,4 @@ def _check_scheme(image: WebImage) -> None:
     scheme, colon, _ = image.url.lstrip().partition(":")
     if scheme.lower() not in ("http", "https"):
         found = f"scheme {scheme[:16]!r}" if colon else "no scheme"
-        raise UnsupportedSource(f"{source_label(image)}: found {found}, want http or https")
+        raise UnsupportedSource(f"{source_label(image)}: found {found}, expected http or https")

@@ -61,7 +61,7 @@ class Worker:
             except EOFError:
                 return
             if not isinstance(job, PrepareJob):
-                raise UnexpectedMessage(f"found {job}, want a PrepareJob")
+                raise UnexpectedMessage(f"found {job}, expected a PrepareJob")
             connection.send(self._do(job, connection))
 
     def _do(self, job: PrepareJob, connection: BlockingConnection[ToWorker]) -> JobDone | JobFailed:
@@ -121,7 +121,7 @@ def _space(extent: Extent | None, size: int, connection: BlockingConnection[ToWo
     connection.send(SpaceNeeded(size))
     message = connection.receive()
     if not isinstance(message, SpaceGranted) or message.extent.length < size:
-        raise UnexpectedMessage(f"found {message}, want a SpaceGranted of {size} bytes")
+        raise UnexpectedMessage(f"found {message}, expected a SpaceGranted of {size} bytes")
     return message.extent
 
 

@@ -269,7 +269,7 @@ def test_corrupt_images_are_errors(format: str) -> None:
     ],
 )
 def test_the_error_describes_what_is_not_an_image(data: bytes, description: str) -> None:
-    with pytest.raises(NotAnImage, match=f"^it: found {description}.* want an image"):
+    with pytest.raises(NotAnImage, match=f"^it: found {description}.* expected an image"):
         rgb(data)
 
 

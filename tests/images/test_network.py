@@ -104,7 +104,7 @@ def test_private_networks_can_be_allowed(network: str, address: str, allowed: bo
 
 @pytest.mark.parametrize("text", ["", "private", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0-10.0.0.9", "localhost"])
 def test_an_invalid_network_is_an_error(text: str) -> None:
-    with pytest.raises(OptionError, match=r"--allow-private.*want a network"):
+    with pytest.raises(OptionError, match=r"--allow-private.*expected a network"):
         NetworkGuard(["127.0.0.0/8", text])
 
 
