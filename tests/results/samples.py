@@ -1,4 +1,4 @@
-"""Records and runs to test with."""
+"""Sample records and runs."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,14 +8,15 @@ from typing import Any
 from batchvl.config.options import OutputOptions
 from batchvl.results import Record, ResultStore, RunFile
 from batchvl.results.location import open_output
+from batchvl.results.output import Storage
 from batchvl.results.shard import ShardDirectory
 from batchvl.types import Failure, Image
 
-GUARD = RunFile("f00d", {"model": "shapes"}, manifest="m.parquet")
+RUN_FILE = RunFile("f00d", {"model": "shapes"}, manifest="m.parquet")
 
 
 def sample(row: int, **changed: Any) -> Record:
-    """A record whose content is told by its row alone."""
+    """Return a record whose content depends on its row number only."""
     digest = hashlib.sha256(str(row).encode()).hexdigest()
     values = {
         "id": f"id-{row}",
@@ -30,7 +31,7 @@ def sample(row: int, **changed: Any) -> Record:
 
 
 def failed(row: int, code: str = "missing_file", **changed: Any) -> Record:
-    """A failed row's record."""
+    """Return the record of a failed row."""
     error = Failure(code, "fetch", f"{row}.jpg: no such file")
     return Record(row, "failed", error=error, **({"id": f"id-{row}"} | changed))
 
@@ -40,26 +41,33 @@ def options(**values: Any) -> OutputOptions:
 
 
 async def fill(
-    folder: Path, records: Iterable[Record], guard: RunFile = GUARD, *, complete: bool = False, part_rows: int = 10_000,
-    metadata: dict[str, str] | None = None, **given: Any,
-) -> ResultStore:  # fmt: skip
-    """An attempt that writes the records and ends."""
-    output = ResultStore.open(folder, guard, options=options(part_rows=part_rows), **given)
+    out: Path | Storage,
+    records: Iterable[Record],
+    run_file: RunFile = RUN_FILE,
+    *,
+    complete: bool = False,
+    part_rows: int = 10_000,
+    metadata: dict[str, str] | None = None,
+    **settings: Any,
+) -> ResultStore:
+    """Make an attempt that writes the records and ends."""
+    results = ResultStore.open(out, run_file, options=options(part_rows=part_rows), **settings)
     try:
-        output.describe({"engine": "fake"} if metadata is None else metadata)
+        results.describe({"engine": "fake"} if metadata is None else metadata)
         for record in records:
-            await output.wait_for_capacity()
-            output.add(record)
+            await results.wait_for_capacity()
+            results.add(record)
     finally:
-        await output.close(complete)
-    return output
+        await results.close(complete)
+    return results
 
 
-def only_folder(out: Path) -> ShardDirectory:
-    [folder] = open_output(out).shards()
-    return folder
+def only_shard(out: Path) -> ShardDirectory:
+    """Return the only shard's directory."""
+    [shard] = open_output(out).shards()
+    return shard
 
 
 def names(out: Path) -> set[str]:
-    """The files of the only shard's folder."""
-    return {path.name for path in only_folder(out).path.iterdir()}
+    """Return the names of the files in the only shard's directory."""
+    return {path.name for path in only_shard(out).path.iterdir()}

@@ -15,7 +15,7 @@ RECORDS = [sample(3), failed(1), sample(2, response="é" * 50)]
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # a file is read hundreds of times here
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # these tests read a file hundreds of times
     path = tmp_path / "journal-0007-000001.log"
     segment = Segment(path, attempt=7, retry=2, disk=Disk())
     segment.append([frame(encode(record)) for record in RECORDS])
@@ -28,7 +28,7 @@ def rows(path: Path) -> list[int]:
     return [entry.row for entry in Journal.read(path).entries()]
 
 
-def test_what_was_written_comes_back(path: Path) -> None:
+def test_records_are_read_back(path: Path) -> None:
     journal = Journal.read(path)
     assert (journal.attempt, journal.retry) == (7, 2)
     entries = list(journal.entries())
@@ -37,7 +37,7 @@ def test_what_was_written_comes_back(path: Path) -> None:
     assert list(journal.outcomes().failed["missing_file"]) == [1]
 
 
-def test_a_tail_torn_at_any_byte(path: Path) -> None:
+def test_a_segment_torn_at_any_byte(path: Path) -> None:
     data = path.read_bytes()
     sizes = [len(frame(encode(record))) for record in RECORDS]
     ends = [len(data) - sizes[1] - sizes[2], len(data) - sizes[2], len(data)]
@@ -46,7 +46,7 @@ def test_a_tail_torn_at_any_byte(path: Path) -> None:
         assert rows(path) == [record.row for record, end in zip(RECORDS, ends, strict=True) if end <= cut], cut
 
 
-def test_a_tail_takes_each_record_once_however_it_comes(path: Path) -> None:
+def test_a_tail_reads_each_record_once_whatever_the_chunks(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(b"")
     tail = Tail(path)
@@ -62,7 +62,7 @@ def test_a_tail_takes_each_record_once_however_it_comes(path: Path) -> None:
         tail.follow()
 
 
-def test_a_bit_flipped_anywhere_in_the_last_two_frames(path: Path) -> None:
+def test_a_flipped_bit_anywhere_in_the_last_two_frames(path: Path) -> None:
     data = path.read_bytes()
     sizes = [len(frame(encode(record))) for record in RECORDS]
     for at in range(len(data) - sizes[1] - sizes[2], len(data)):
@@ -73,7 +73,7 @@ def test_a_bit_flipped_anywhere_in_the_last_two_frames(path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [bytes(4096), b"\0" * 7, b"\xff" * 100])
-def test_a_tail_that_was_never_written(path: Path, tail: bytes) -> None:
+def test_a_segment_whose_end_was_never_written(path: Path, tail: bytes) -> None:
     path.write_bytes(path.read_bytes() + tail)
     assert rows(path) == [3, 1, 2]
 
@@ -83,7 +83,7 @@ def test_a_header_that_was_never_written(path: Path) -> None:
     assert rows(path) == []
 
 
-def test_a_later_format_and_other_files_are_refused(path: Path) -> None:
+def test_a_later_format_and_other_files_are_rejected(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:8] + b"\x02\0\0\0" + data[12:])
     with pytest.raises(ResumeError, match="has format 2; this version reads up to format 1"):
@@ -93,7 +93,7 @@ def test_a_later_format_and_other_files_are_refused(path: Path) -> None:
         Journal.read(path)
 
 
-def test_a_journal_deleted_under_the_writer_is_noticed(tmp_path: Path) -> None:
+def test_the_writer_notices_a_deleted_journal(tmp_path: Path) -> None:
     segment = Segment(tmp_path / "j", 1, 0, Disk())
     (tmp_path / "j").unlink()
     with pytest.raises(FileNotFoundError, match="deleted"):

@@ -19,9 +19,9 @@ def journal_of(tmp_path: Path, records: list[Record]) -> Journal:
     segment = Segment(tmp_path / "journal", 4, 1, Disk())
     segment.append([frame(encode(record)) for record in records])
     segment.close()
-    found = Journal.read(segment.path)
+    journal = Journal.read(segment.path)
     segment.path.unlink()
-    return found
+    return journal
 
 
 def make(tmp_path: Path, records: list[Record], expected: int | None = None) -> Part:
@@ -32,7 +32,7 @@ def make(tmp_path: Path, records: list[Record], expected: int | None = None) -> 
     return part
 
 
-def test_a_part_is_sorted_and_its_footer_tells_all(tmp_path: Path) -> None:
+def test_a_part_is_sorted_and_its_footer_holds_the_outcomes(tmp_path: Path) -> None:
     rows = [7 * number % 5003 for number in range(5003)]
     part = make(tmp_path, [failed(row) if row % 5 == 0 else sample(row) for row in rows], 5003)
     table = pq.read_table(part.path)
@@ -51,12 +51,12 @@ def test_row_groups_are_bounded_in_bytes(tmp_path: Path) -> None:
     assert [(group.low, group.high) for group in part.groups] == [(0, 1), (2, 3), (4, 4)]
 
 
-def test_only_the_row_groups_wanted_are_read(tmp_path: Path) -> None:
+def test_a_range_of_rows_is_read(tmp_path: Path) -> None:
     part = make(tmp_path, [sample(row) for row in range(5000)])
     assert part.read_table(1998, 2002, SCHEMA)["row"].to_pylist() == [1998, 1999, 2000, 2001]
 
 
-def test_a_row_written_twice_is_there_once(tmp_path: Path) -> None:
+def test_a_row_recorded_twice_is_written_once(tmp_path: Path) -> None:
     part = make(tmp_path, [failed(1), sample(2, response="first"), sample(1), sample(2, response="second"), failed(2)])
     assert pq.read_table(part.path).select(["row", "status", "response"]).to_pylist() == [
         {"row": 1, "status": "ok", "response": sample(1).response},
@@ -64,13 +64,13 @@ def test_a_row_written_twice_is_there_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_journal_that_lost_records_makes_no_part(tmp_path: Path) -> None:
+def test_a_journal_that_lost_records_is_not_converted(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="only 1 of 2"):
         make(tmp_path, [sample(0)], expected=2)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_told(tmp_path: Path) -> None:
+def test_damage_is_reported(tmp_path: Path) -> None:
     part = make(tmp_path, [sample(row) for row in range(100)])
     data = part.path.read_bytes()
     part.path.write_bytes(data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
@@ -81,7 +81,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
         Part.read(part.path)
 
 
-def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_format_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "FORMAT", 2)
     path = tmp_path / "part.parquet"
     for _ in parts.write(journal_of(tmp_path, [sample(0)]), path, SCHEMA, {}, Disk()):

@@ -16,17 +16,19 @@ import pytest
 
 from batchvl.config.units import Shard
 from batchvl.errors import OptionError, ResumeError, StoppedEarly
-from batchvl.results import ResultStore, merge, status
+from batchvl.results import Counts, ResultStore, merge, status
+from batchvl.results.attempt import Attempt
 from batchvl.results.location import open_output
 from batchvl.results.record import Record
 from batchvl.results.remote import SPAN, RemoteStorage
 from batchvl.results.shard import AttemptFile
-from batchvl.storage import object_store as bucket
-from batchvl.storage import uploads
+from batchvl.results.writer import Writer
+from batchvl.storage import object_store
+from batchvl.storage.disk import Disk
 from batchvl.storage.object_store import Bucket, RemoteError
 
 from ..faults.store import BUCKET, ObjectStore, StoreRequest
-from .samples import GUARD, failed, fill, options, sample
+from .samples import RUN_FILE, failed, fill, options, sample
 
 SHARD = "shard-00000-of-00001"
 URI = f"s3://{BUCKET}/out"
@@ -34,26 +36,26 @@ URI = f"s3://{BUCKET}/out"
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    with ObjectStore() as found:
-        for name, value in found.environment().items():
+    with ObjectStore() as server:
+        for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        yield found
+        yield server
 
 
 def machine(tmp_path: Path, name: str = "here") -> RemoteStorage:
-    """The output as a machine sees it that keeps its working folders under that name."""
+    """Return the results as a machine with its own working directories sees it."""
     out = open_output(URI, tmp_path / name)
     assert isinstance(out, RemoteStorage)
     return out
 
 
 def kinds(store: ObjectStore) -> Counter[str]:
-    """How many objects of each kind there are."""
+    """Return the number of objects of each kind."""
     return Counter(key.removeprefix(f"{SHARD}/").partition("-")[0] for key in store.names("out/"))
 
 
 def local(out: RemoteStorage) -> set[str]:
-    """The journals and parts that lie in the shard's working folder."""
+    """Return the journals and parts in the shard's working directory."""
     return {path.name for path in (out.path / SHARD).iterdir() if path.name.startswith(("journal-", "part-", "."))}
 
 
@@ -61,26 +63,31 @@ def is_part(asked: StoreRequest) -> bool:
     return "/part-" in asked.path
 
 
-async def die(out: RemoteStorage, records: list[Record], told: dict[str, str] | None = None) -> ResultStore:
-    """An attempt that commits the records and then is no more, as after kill -9: nobody holds its lock."""
-    committed: list[int] = []
-    output = ResultStore.open(out, GUARD, options=options(), on_commit=lambda counts: committed.append(counts.rows))
-    if told is not None:
-        output.describe(told)
-        output._attempt.folder.wait()
+async def die(
+    out: RemoteStorage, records: list[Record], metadata: dict[str, str] | None = None
+) -> tuple[Attempt, Writer]:
+    """Make an attempt that commits the records and then stops as if killed: nothing is closed, its lock is free."""
+    committed, disk = Counts(), Disk()
+    out.create_or_verify(RUN_FILE, disk)
+    attempt = Attempt(out.shard(Shard()), retry=0, total=None, disk=disk)
+    writer = Writer(attempt, RUN_FILE.schema, commit_seconds=0.01, part_rows=10_000, disk=disk, on_commit=committed.add)
+    if metadata is not None:
+        attempt.describe(metadata)
+        attempt.directory.wait_for_uploads()
+        writer.describe(metadata)
     for record in records:
-        output.add(record)
-    while sum(committed) < len(records):
+        writer.add(record)
+    while committed.rows < len(records):
         await asyncio.sleep(0.005)
-    output._attempt._lock.release()
-    return output
+    attempt.release()
+    return attempt, writer
 
 
-async def test_an_output_in_a_bucket_is_the_same_as_one_in_a_folder(store: ObjectStore, tmp_path: Path) -> None:
+async def test_an_output_in_a_bucket_equals_one_in_a_directory(store: ObjectStore, tmp_path: Path) -> None:
     records = [sample(row) if row % 7 else failed(row) for row in range(100)]
     out = machine(tmp_path)
-    await fill(out, records, replace(GUARD, total=100), part_rows=30, complete=True)
-    await fill(tmp_path / "local", records, replace(GUARD, total=100), part_rows=30, complete=True)
+    await fill(out, records, replace(RUN_FILE, total=100), part_rows=30, complete=True)
+    await fill(tmp_path / "local", records, replace(RUN_FILE, total=100), part_rows=30, complete=True)
     assert kinds(store) == {"run.json": 1, "attempt": 1, "part": 4, "complete.json": 1, "lock": 1}
     assert local(out) == set()
     report, expected = merge(out), merge(tmp_path / "local")
@@ -91,70 +98,71 @@ async def test_an_output_in_a_bucket_is_the_same_as_one_in_a_folder(store: Objec
     assert (elsewhere.file, elsewhere.rows) == (tmp_path / "results.jsonl", 100)
 
 
-async def test_another_machine_goes_on_from_the_parts_alone(store: ObjectStore, tmp_path: Path) -> None:
+async def test_another_machine_resumes_from_the_parts(store: ObjectStore, tmp_path: Path) -> None:
     await fill(machine(tmp_path), [sample(row, response="x" * 5000 + str(row)) for row in range(400)], part_rows=40)
     store.requests.clear()
-    output = ResultStore.open(machine(tmp_path, "elsewhere"), GUARD)
-    assert list(output.done.missing(range(401))) == [400]
-    await output.close()
+    results = ResultStore.open(machine(tmp_path, "elsewhere"), RUN_FILE)
+    assert list(results.done.missing(range(401))) == [400]
+    await results.close()
     ranges = [asked.range for asked in store.requests if is_part(asked) and asked.method == "GET"]
     sizes = [int(end) - int(start) + 1 for start, end in (text.removeprefix("bytes=").split("-") for text in ranges)]
     assert len(sizes) == 10
     assert max(sizes) <= 64 * 1024, "footers were read, not parts"
 
 
-async def test_footers_are_read_at_once(store: ObjectStore, tmp_path: Path) -> None:
+async def test_footers_are_read_concurrently(store: ObjectStore, tmp_path: Path) -> None:
     await fill(machine(tmp_path), [sample(row) for row in range(24)], part_rows=1)
     store.delay, store.max_open = 0.05, 0
     assert len(machine(tmp_path).shard(Shard()).recover().outcomes().rows()) == 24
     assert store.max_open >= 8
 
 
-async def test_a_footer_of_any_size(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_footer(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await fill(machine(tmp_path), [sample(row) for row in range(50)])
-    monkeypatch.setattr(bucket, "FOOTER_BYTES", 100)
+    monkeypatch.setattr(object_store, "FOOTER_BYTES", 100)
     assert len(machine(tmp_path).shard(Shard()).recover().outcomes().rows()) == 50
 
 
-async def test_what_an_attempt_left_on_this_machine_is_brought_in(store: ObjectStore, tmp_path: Path) -> None:
-    dead = await die(machine(tmp_path), [sample(row) for row in range(10)], {"engine": "the dead one's"})
+async def test_what_an_attempt_left_on_this_machine_is_uploaded(store: ObjectStore, tmp_path: Path) -> None:
+    dead, _ = await die(machine(tmp_path), [sample(row) for row in range(10)], {"engine": "the dead one's"})
     assert kinds(store)["part"] == 0
-    assert len(ResultStore.open(machine(tmp_path, "elsewhere"), GUARD).done) == 0, "it is on that machine alone"
-    assert merge(machine(tmp_path), tmp_path / "a.parquet", partial=True).rows == 10, "where it counts"
+    assert len(ResultStore.open(machine(tmp_path, "elsewhere"), RUN_FILE).done) == 0, "not uploaded yet"
+    assert merge(machine(tmp_path), tmp_path / "a.parquet", partial=True).rows == 10, (
+        "the machine that has the rows merges them"
+    )
 
     out = machine(tmp_path)
-    output = ResultStore.open(out, GUARD)
-    assert (len(output.done), local(out)) == (10, set())
-    await output.close()
+    results = ResultStore.open(out, RUN_FILE)
+    assert (len(results.done), local(out)) == (10, set())
+    await results.close()
     [key] = [key for key in store.names(f"out/{SHARD}/") if key.startswith("part-")]
-    assert key == f"part-{dead.attempt}-000001.parquet", "under the name of who answered"
-    footer = machine(tmp_path, "elsewhere").shard(Shard())
-    [part] = footer.sources()
-    assert (part.attempt, part.metadata["engine"]) == (dead.attempt, "the dead one's")
-    assert part.metadata["fingerprint"] == GUARD.fingerprint
+    assert key == f"part-{dead.number}-000001.parquet", "named after the attempt that recorded the rows"
+    [part] = machine(tmp_path, "elsewhere").shard(Shard()).sources()
+    assert (part.attempt, part.metadata["engine"]) == (dead.number, "the dead one's")
+    assert part.metadata["fingerprint"] == RUN_FILE.fingerprint
 
 
-async def test_a_part_that_was_made_but_not_uploaded_is_brought_in(store: ObjectStore, tmp_path: Path) -> None:
+async def test_a_part_that_was_made_but_not_uploaded_is_uploaded_later(store: ObjectStore, tmp_path: Path) -> None:
     out = machine(tmp_path)
-    output = await die(out, [sample(row) for row in range(10)], {"engine": "fake"})
-    journal = output.directory / f"journal-{output.attempt}-000001.log"
-    kept = journal.read_bytes()
-    await output._writer.close()
+    attempt, writer = await die(out, [sample(row) for row in range(10)], {"engine": "fake"})
+    journal = attempt.directory.journal((attempt.number, 1))
+    journal_data = journal.read_bytes()
+    await writer.close()
     out.uploads.wait()
     [name] = [key for key in store.names(f"out/{SHARD}/") if key.startswith("part-")]
     data = store.read(f"out/{SHARD}/{name}")
-    for journal_there in (True, False):  # before and after the journal went
+    for journal_there in (True, False):  # before and after the journal is removed
         store.delete(f"out/{SHARD}/{name}")
-        (output.directory / name).write_bytes(data)
+        (journal.parent / name).write_bytes(data)
         if journal_there:
-            journal.write_bytes(kept)
-        again = ResultStore.open(machine(tmp_path), GUARD)
+            journal.write_bytes(journal_data)
+        again = ResultStore.open(machine(tmp_path), RUN_FILE)
         assert (len(again.done), local(out)) == (10, set())
         await again.close()
         assert store.read(f"out/{SHARD}/{name}") == data
 
 
-async def test_a_refusal_that_passes_holds_up_no_commit(
+async def test_a_temporary_rejection_delays_no_commit(
     store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     refused: list[StoreRequest] = []
@@ -162,27 +170,27 @@ async def test_a_refusal_that_passes_holds_up_no_commit(
     def fault(asked: StoreRequest) -> str | None:
         if is_part(asked) and asked.uploads and len(refused) < 3:
             refused.append(asked)
-            return "denied"  # which pyarrow does not try again by itself
+            return "denied"  # which pyarrow does not retry by itself
         return None
 
     store.fault = fault
     committed: list[int] = []
     out = machine(tmp_path)
-    output = ResultStore.open(
-        out, GUARD, options=options(part_rows=10), on_commit=lambda counts: committed.append(counts.rows)
+    results = ResultStore.open(
+        out, RUN_FILE, options=options(part_rows=10), on_commit=lambda counts: committed.append(counts.rows)
     )
-    output.describe({"engine": "fake"})
+    results.describe({"engine": "fake"})
     for row in range(10):
-        output.add(sample(row))
+        results.add(sample(row))
     while not refused:
         await asyncio.sleep(0.005)
     for row in range(10, 20):
-        output.add(sample(row))
+        results.add(sample(row))
     while sum(committed) < 20:
         await asyncio.sleep(0.005)
-    assert kinds(store)["part"] == 0, "all 20 were durable before the store took anything"
+    assert kinds(store)["part"] == 0, "all 20 were durable before the store accepted anything"
     with caplog.at_level(logging.WARNING):
-        await output.close()
+        await results.close()
     assert len(refused) == 3
     assert (kinds(store)["part"], local(out)) == (2, set())
     [warning] = [r.getMessage() for r in caplog.records if "cannot be written" in r.getMessage()]
@@ -190,23 +198,20 @@ async def test_a_refusal_that_passes_holds_up_no_commit(
     assert str(out.path) in warning
 
 
-async def test_a_store_that_refuses_for_long_stops_the_run_and_loses_nothing(
-    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.3)
+async def test_a_permanent_rejection_stops_the_run_and_loses_nothing(store: ObjectStore, tmp_path: Path) -> None:
     store.fault = lambda asked: "denied" if is_part(asked) and asked.uploads else None
-    out = machine(tmp_path)
+    out = RemoteStorage(URI, tmp_path / "here", retry_seconds=0.3)
     with pytest.raises(StoppedEarly, match=r"part-.*cannot be written: .*ACCESS_DENIED.* run the same command again"):
         await fill(out, [sample(row) for row in range(10)])
     assert any(name.startswith("journal-") for name in local(out))
     store.fault = lambda asked: None
-    output = ResultStore.open(machine(tmp_path), GUARD)
-    assert len(output.done) == 10
-    await output.close()
+    results = ResultStore.open(machine(tmp_path), RUN_FILE)
+    assert len(results.done) == 10
+    await results.close()
     assert kinds(store)["part"] == 1
 
 
-async def test_a_part_counts_as_uploaded_once_it_is_seen(store: ObjectStore, tmp_path: Path) -> None:
+async def test_a_part_counts_as_uploaded_once_it_is_found(store: ObjectStore, tmp_path: Path) -> None:
     looked: list[StoreRequest] = []
 
     def fault(asked: StoreRequest) -> str | None:
@@ -223,101 +228,104 @@ async def test_a_part_counts_as_uploaded_once_it_is_seen(store: ObjectStore, tmp
 
 
 async def test_a_part_is_made_after_some_time_however_few_rows_it_has(store: ObjectStore, tmp_path: Path) -> None:
-    output = ResultStore.open(machine(tmp_path), GUARD, options=options(upload_seconds=0.1))
-    output.describe({"engine": "fake"})
-    output.add(sample(0))
+    stores = [
+        ResultStore.open(out, RUN_FILE, options=options(upload_seconds=0.1))
+        for out in (tmp_path / "local", machine(tmp_path))
+    ]
+    for results in stores:
+        results.describe({"engine": "fake"})
+        results.add(sample(0))
     while kinds(store)["part"] < 1:
         await asyncio.sleep(0.01)
-    output.add(sample(1))
-    await output.close()
+    for results in stores:
+        results.add(sample(1))
+        await results.close()
     assert kinds(store)["part"] == 2
-    assert not ResultStore.open(tmp_path / "local", GUARD)._writer._part_seconds < float("inf"), (
-        "a folder has no need of it"
-    )
+    assert len([*(tmp_path / "local").rglob("part-*")]) == 1, "a directory needs no early parts"
 
 
-async def test_another_run_is_refused_wherever_it_comes_from(store: ObjectStore, tmp_path: Path) -> None:
+async def test_another_run_is_rejected_on_any_machine(store: ObjectStore, tmp_path: Path) -> None:
     await fill(machine(tmp_path), [sample(0)])
     with pytest.raises(ResumeError, match=rf'^{URI}: belongs to a run with other settings:\n  --model: "shapes" there'):
-        ResultStore.open(machine(tmp_path, "elsewhere"), replace(GUARD, options={"model": "another"}))
+        ResultStore.open(machine(tmp_path, "elsewhere"), replace(RUN_FILE, options={"model": "another"}))
 
 
-async def test_of_two_first_attempts_at_once_the_overwritten_one_uploads_nothing(
+async def test_of_two_concurrent_first_attempts_the_overwritten_one_uploads_nothing(
     store: ObjectStore, tmp_path: Path
 ) -> None:
     out = machine(tmp_path)
-    output = ResultStore.open(out, GUARD, options=options())
-    output.describe({"engine": "fake"})
-    store.put("out/run.json", replace(GUARD, options={"model": "another"}).encode())  # as a late writer does
-    output.add(sample(0))
+    results = ResultStore.open(out, RUN_FILE, options=options())
+    results.describe({"engine": "fake"})
+    store.put("out/run.json", replace(RUN_FILE, options={"model": "another"}).encode())  # as a late writer does
+    results.add(sample(0))
     with pytest.raises(ResumeError, match='--model: "another" there, "shapes" here'):
-        await output.close()
+        await results.close()
     assert kinds(store)["part"] == 0
-    assert any(name.startswith("journal-") for name in local(out)), "what was answered is kept"
+    assert any(name.startswith("journal-") for name in local(out)), "results are kept"
 
 
-async def test_a_working_folder_is_one_runs_too(store: ObjectStore, tmp_path: Path) -> None:
+async def test_a_working_directory_belongs_to_one_run(store: ObjectStore, tmp_path: Path) -> None:
     await die(machine(tmp_path), [sample(0)])
-    store.clear()  # somebody begins anew in the same place
+    store.clear()  # another run starts at the same address
     with pytest.raises(ResumeError, match=r"belongs to a run with other settings(?s:.*)or remove .*did not upload"):
-        ResultStore.open(machine(tmp_path), replace(GUARD, options={"model": "another"}))
+        ResultStore.open(machine(tmp_path), replace(RUN_FILE, options={"model": "another"}))
 
 
 async def test_two_machines_at_once(store: ObjectStore, tmp_path: Path) -> None:
-    outs = [machine(tmp_path, name) for name in ("one", "two")]
-    outputs = [ResultStore.open(out, GUARD, options=options(part_rows=5)) for out in outs]
-    for output in outputs:
-        output.describe({"engine": "fake"})
+    storages = [machine(tmp_path, name) for name in ("one", "two")]
+    stores = [ResultStore.open(out, RUN_FILE, options=options(part_rows=5)) for out in storages]
+    for results in stores:
+        results.describe({"engine": "fake"})
         for row in range(20):
-            output.add(sample(row, response=f"of {output.attempt}"))
-    await asyncio.gather(*(output.close() for output in outputs))
+            results.add(sample(row, response=f"of {results.attempt}"))
+    await asyncio.gather(*(results.close() for results in stores))
     assert kinds(store)["part"] == 8
-    assert outputs[0].attempt != outputs[1].attempt
+    assert stores[0].attempt != stores[1].attempt
     report = merge(machine(tmp_path, "three"), tmp_path / "all.parquet", 20)
     table = pq.read_table(report.file)
     assert table["row"].to_pylist() == list(range(20))
-    assert set(table["response"].to_pylist()) == {f"of {min(output.attempt for output in outputs)}"}
+    assert set(table["response"].to_pylist()) == {f"of {min(results.attempt for results in stores)}"}
 
 
-async def test_numbers_of_attempts_ascend(store: ObjectStore, tmp_path: Path) -> None:
+async def test_attempt_numbers_ascend(store: ObjectStore, tmp_path: Path) -> None:
     numbers = [(await fill(machine(tmp_path, name), [])).attempt for name in ("a", "b", "a", "c")]
     assert [number // SPAN for number in numbers] == [1, 2, 3, 4]
 
 
-async def test_one_machine_has_one_runner(store: ObjectStore, tmp_path: Path) -> None:
-    output = ResultStore.open(machine(tmp_path), GUARD)
+async def test_one_runner_per_machine(store: ObjectStore, tmp_path: Path) -> None:
+    results = ResultStore.open(machine(tmp_path), RUN_FILE)
     with pytest.raises(ResumeError, match="in use by another runner"):
-        ResultStore.open(machine(tmp_path), GUARD)
-    await output.close()
+        ResultStore.open(machine(tmp_path), RUN_FILE)
+    await results.close()
 
 
-async def test_status_from_elsewhere(store: ObjectStore, tmp_path: Path) -> None:
-    guard = replace(GUARD, total=30)
-    output = ResultStore.open(machine(tmp_path), guard, options=options(part_rows=10))
-    output.heartbeat(30)
-    output.describe({"engine": "fake"})
+async def test_status_on_another_machine(store: ObjectStore, tmp_path: Path) -> None:
+    run_file = replace(RUN_FILE, total=30)
+    results = ResultStore.open(machine(tmp_path), run_file, options=options(part_rows=10))
+    results.heartbeat(30)
+    results.describe({"engine": "fake"})
     for row in range(20):
-        output.add(sample(row))
+        results.add(sample(row))
     while kinds(store)["part"] < 2:
         await asyncio.sleep(0.01)
-    found = status(machine(tmp_path, "elsewhere"))
-    assert (found.output, found.rows, found.expected, found.states["running"]) == (URI, 20, 30, 1)
-    assert found.shards[0].attempt == output.attempt
-    await output.close()
+    seen = status(machine(tmp_path, "elsewhere"))
+    assert (seen.output, seen.rows, seen.expected, seen.states["running"]) == (URI, 20, 30, 1)
+    assert seen.shards[0].attempt == results.attempt
+    await results.close()
     assert status(machine(tmp_path, "elsewhere")).states["stopped"] == 1
-    await fill(machine(tmp_path), [sample(row) for row in range(20, 30)], guard, complete=True)
+    await fill(machine(tmp_path), [sample(row) for row in range(20, 30)], run_file, complete=True)
     assert status(machine(tmp_path, "elsewhere")).complete
 
 
-async def test_an_attempt_without_rows_can_be_taken_back(store: ObjectStore, tmp_path: Path) -> None:
-    one, two = (ResultStore.open(machine(tmp_path, name), GUARD) for name in ("one", "two"))
+async def test_an_attempt_without_rows_can_be_rolled_back(store: ObjectStore, tmp_path: Path) -> None:
+    one, two = (ResultStore.open(machine(tmp_path, name), RUN_FILE) for name in ("one", "two"))
     await one.close()
     one.roll_back(logs=False)
-    assert kinds(store) == {"run.json": 1, "attempt": 1}, "the other is still at work, on these terms"
+    assert kinds(store) == {"run.json": 1, "attempt": 1}, "the other attempt is still active with these settings"
     await two.close()
     two.roll_back(logs=False)
     assert store.names("out/") == []
-    await fill(machine(tmp_path, "one"), [sample(0)], replace(GUARD, options={"model": "another"}))
+    await fill(machine(tmp_path, "one"), [sample(0)], replace(RUN_FILE, options={"model": "another"}))
 
 
 def test_a_damaged_part_is_named(store: ObjectStore, tmp_path: Path) -> None:
@@ -325,44 +333,44 @@ def test_a_damaged_part_is_named(store: ObjectStore, tmp_path: Path) -> None:
     [name] = [key for key in store.names("out/") if "part-" in key]
     store.put(f"out/{name}", b"PAR1 is not all there is to it")
     with pytest.raises(ResumeError, match=rf"{URI}/{name}: damaged"):
-        ResultStore.open(machine(tmp_path), GUARD)
+        ResultStore.open(machine(tmp_path), RUN_FILE)
 
 
-def test_marks_and_uploads_under_way_are_no_files(store: ObjectStore, tmp_path: Path) -> None:
+def test_directory_markers_and_unfinished_uploads_are_ignored(store: ObjectStore, tmp_path: Path) -> None:
     store.put(f"out/{SHARD}/part-0001-000001.parquet", b"")
     assert list(machine(tmp_path).shard(Shard()).names()) == []
 
 
-def test_what_is_wrong_is_told_before_anything_else(store: ObjectStore, tmp_path: Path) -> None:
-    def refusal(uri: str) -> str:
+def test_errors_are_reported_on_opening(store: ObjectStore, tmp_path: Path) -> None:
+    def open_error(uri: str) -> str:
         with pytest.raises(OptionError) as raised:
-            ResultStore.open(open_output(uri, tmp_path), GUARD)
+            ResultStore.open(open_output(uri, tmp_path), RUN_FILE)
         return str(raised.value)
 
-    assert refusal("s3://nowhere/out") == "s3://nowhere/out: bucket 'nowhere' does not exist"
-    assert "no bucket given" in refusal("s3://")
-    assert "Unexpected query parameter" in refusal(f"s3://{BUCKET}/out?colour=red")
+    assert open_error("s3://nowhere/out") == "s3://nowhere/out: bucket 'nowhere' does not exist"
+    assert "no bucket given" in open_error("s3://")
+    assert "Unexpected query parameter" in open_error(f"s3://{BUCKET}/out?colour=red")
     store.fault = lambda asked: "denied" if asked.uploads else None
-    assert refusal(URI).startswith(f"-o {URI}: cannot be written: When initiating")
+    assert open_error(URI).startswith(f"-o {URI}: cannot be written: When initiating")
     store.fault = lambda asked: "denied"
-    assert "ACCESS_DENIED" in refusal(URI)
-    assert "AWS_ACCESS_KEY_ID" in refusal(URI)
+    assert "ACCESS_DENIED" in open_error(URI)
+    assert "AWS_ACCESS_KEY_ID" in open_error(URI)
     for uri in ("ftp://host/out", "file:///tmp/out", "hdfs://host/out"):
-        with pytest.raises(OptionError, match=r"wants a folder, or an address that begins with s3://, "):
+        with pytest.raises(OptionError, match=r"expected a directory or a URI that starts with s3://, "):
             open_output(uri)
 
 
 @pytest.mark.slow
-def test_a_store_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(OptionError, match=rf"^{URI}: cannot be opened: .*NETWORK_CONNECTION.*AWS_ENDPOINT_URL"):
-        ResultStore.open(machine(tmp_path), GUARD)
+        ResultStore.open(machine(tmp_path), RUN_FILE)
 
 
-def test_a_read_that_fails_is_tried_again(store: ObjectStore) -> None:
+def test_a_failed_read_is_retried(store: ObjectStore) -> None:
     store.put("out/a", b"here")
-    found = Bucket(URI)
-    assert found.files().keys() == {"a"}
+    bucket = Bucket(URI)
+    assert bucket.files().keys() == {"a"}
     refused: list[StoreRequest] = []
 
     def fault(asked: StoreRequest) -> str | None:
@@ -370,12 +378,12 @@ def test_a_read_that_fails_is_tried_again(store: ObjectStore) -> None:
         return "denied" if len(refused) < 3 else None
 
     store.fault = fault
-    assert found.read("a") == b"here"
+    assert bucket.read("a") == b"here"
     with pytest.raises(FileNotFoundError):
-        found.read("b")
+        bucket.read("b")
 
 
-def test_an_upload_that_fails_leaves_nothing(store: ObjectStore, tmp_path: Path) -> None:
+def test_a_failed_upload_leaves_nothing(store: ObjectStore, tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(bytes(25_000_000))  # three pieces
     store.fault = lambda asked: "denied" if "partNumber=3" in asked.path else None
@@ -389,10 +397,8 @@ def test_an_upload_that_fails_leaves_nothing(store: ObjectStore, tmp_path: Path)
     assert (tmp_path / "copy").read_bytes() == path.read_bytes()
 
 
-def test_an_upload_that_is_interrupted_leaves_no_beginning_of_a_file(
-    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bucket, "UPLOAD_CHUNK_BYTES", 6_000_000)
+def test_an_interrupted_upload_leaves_no_partial_file(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "UPLOAD_CHUNK_BYTES", 6_000_000)
     interrupted: list[StoreRequest] = []
 
     def fault(asked: StoreRequest) -> str | None:
@@ -407,7 +413,7 @@ def test_an_upload_that_is_interrupted_leaves_no_beginning_of_a_file(
     assert (len(interrupted), store.names("out/")) == (1, [])
 
 
-async def test_secrets_of_the_address_are_never_written(store: ObjectStore, tmp_path: Path) -> None:
+async def test_secrets_in_the_uri_are_never_written(store: ObjectStore, tmp_path: Path) -> None:
     where = store.url.removeprefix("http://")
     uri = f"s3://THEKEY:HUSHHUSH@{BUCKET}/out?scheme=http&endpoint_override={where}"
     out = open_output(uri, tmp_path)
@@ -415,19 +421,19 @@ async def test_secrets_of_the_address_are_never_written(store: ObjectStore, tmp_
     assert str(out) == URI
     await fill(out, [sample(0)], complete=True)
     merge(out)
-    for folder, _, names in os.walk(tmp_path):
-        assert "HUSH" not in folder
+    for directory, _, names in os.walk(tmp_path):
+        assert "HUSH" not in directory
         for name in names:
-            assert b"HUSHHUSH" not in await asyncio.to_thread(Path(folder, name).read_bytes)
+            assert b"HUSHHUSH" not in await asyncio.to_thread(Path(directory, name).read_bytes)
     for key in store.names():
         assert b"HUSHHUSH" not in store.read(key)
     for bad in ("s3://THEKEY:HUSH HUSH@night/out", "s3://THEKEY:HUSH/HUSH@night/out", "s3://THEKEY:HUSHHUSH@/out"):
         with pytest.raises(OptionError) as raised:
-            ResultStore.open(open_output(bad, tmp_path), GUARD)
+            ResultStore.open(open_output(bad, tmp_path), RUN_FILE)
         assert "HUSH" not in str(raised.value)
 
 
-def test_where_the_working_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BATCHVL_WORK", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     out = open_output(Path("s3://night/out"))
@@ -440,12 +446,15 @@ def test_where_the_working_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert open_output("s3://night/out", tmp_path / "x").path.parent == tmp_path / "x"  # type: ignore[union-attr]
 
 
-async def test_the_working_folder_can_go_between_runs(store: ObjectStore, tmp_path: Path) -> None:
+async def test_the_working_directory_can_be_removed_between_runs(store: ObjectStore, tmp_path: Path) -> None:
     await fill(machine(tmp_path), [sample(row) for row in range(5)])
     shutil.rmtree(tmp_path / "here")
     await fill(machine(tmp_path), [sample(5)])
     assert merge(machine(tmp_path), total=6).rows == 6
-    attempts = [msgspec.json.decode(store.read(f"out/{key}"), type=AttemptFile)
-                for key in store.names("out/") if "attempt-" in key]  # fmt: skip
+    attempts = [
+        msgspec.json.decode(store.read(f"out/{key}"), type=AttemptFile)
+        for key in store.names("out/")
+        if "attempt-" in key
+    ]
     assert [attempt.metadata for attempt in attempts] == [{"engine": "fake"}] * 2
-    assert machine(tmp_path).run_file() == GUARD
+    assert machine(tmp_path).run_file() == RUN_FILE

@@ -28,24 +28,24 @@ def table_of(rows: range, **changed: str) -> pa.Table:
     return pa.Table.from_batches([to_batch([sample(row, **changed) for row in rows], SCHEMA)])
 
 
-def groups(found: pq.FileMetaData) -> list[int]:
-    return [found.row_group(number).num_rows for number in range(found.num_row_groups)]
+def groups(metadata: pq.FileMetaData) -> list[int]:
+    return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
-def test_small_tables_make_large_row_groups(tmp_path: Path) -> None:
-    found = written(tmp_path, [table_of(range(start, start + 700)) for start in range(0, 35_000, 700)])
-    assert groups(found) == [16_800, 16_800, 1400]
-    assert all(GROUP_ROWS <= rows < GROUP_ROWS + 700 for rows in groups(found)[:-1])
-    assert found.row_group(0).column(3).compression == "ZSTD"
-    assert found.row_group(1).column(0).statistics.min == 16_800
-    assert found.metadata[b"batchvl.engine"] == b"fake"
+def test_small_tables_are_combined_into_large_row_groups(tmp_path: Path) -> None:
+    metadata = written(tmp_path, [table_of(range(start, start + 700)) for start in range(0, 35_000, 700)])
+    assert groups(metadata) == [16_800, 16_800, 1400]
+    assert all(GROUP_ROWS <= rows < GROUP_ROWS + 700 for rows in groups(metadata)[:-1])
+    assert metadata.row_group(0).column(3).compression == "ZSTD"
+    assert metadata.row_group(1).column(0).statistics.min == 16_800
+    assert metadata.metadata[b"batchvl.engine"] == b"fake"
 
 
-def test_row_groups_of_long_answers_are_bounded_in_bytes(tmp_path: Path) -> None:
-    found = written(tmp_path, [table_of(range(at, at + 10), response="x" * 100_000) for at in range(0, 200, 10)])
-    assert groups(found) == [90, 90, 20]
-    assert all(found.row_group(at).total_byte_size < 2 * GROUP_BYTES for at in range(3))
+def test_row_groups_are_bounded_in_bytes(tmp_path: Path) -> None:
+    metadata = written(tmp_path, [table_of(range(at, at + 10), response="x" * 100_000) for at in range(0, 200, 10)])
+    assert groups(metadata) == [90, 90, 20]
+    assert all(metadata.row_group(at).total_byte_size < 2 * GROUP_BYTES for at in range(3))
 
 
-def test_no_rows_make_no_row_group(tmp_path: Path) -> None:
+def test_a_file_without_rows_has_no_row_group(tmp_path: Path) -> None:
     assert groups(written(tmp_path, [])) == []

@@ -1,4 +1,4 @@
-"""Parts in any order come out in the manifest's, each row once, whatever is dealt out on the way."""
+"""Parts in any order are read in the manifest's order, each row once, whatever is spilled."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SCHEMA = schema("string")
 TINY = Limits(window=1_000, held=8_000, bucket=2_000)
 
 
-class Folder:
-    """Parts made of records, a few rows a group."""
+class Parts:
+    """Parts with few rows per group, and the result that takes precedence for each row."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.parts = path, []
@@ -42,32 +42,32 @@ class Folder:
             if record.row not in self.best or rank < self.best[record.row][0]:
                 self.best[record.row] = rank, record.response
         path = self.path / f"{len(self.parts)}.parquet"
-        tally = Outcomes()
+        outcomes = Outcomes()
         for record in records:
-            tally.add(record.row, record.error.code if record.error else None)
+            outcomes.add(record.row, record.error.code if record.error else None)
         with pq.ParquetWriter(path, SCHEMA, write_page_checksum=True) as writer:
             writer.write_table(pa.Table.from_batches([to_batch(records, SCHEMA)]), row_group_size=group)
-            writer.add_key_value_metadata(parts.footer(Journal(attempt, retry, b""), tally, {}))
+            writer.add_key_value_metadata(parts.footer(Journal(attempt, retry, b""), outcomes, {}))
         self.parts.append(Part.read(path))
 
-    def out(self, limits: Limits, scratch: Path) -> list[tuple[int, str | None]]:
-        """What comes out, after a look at whether it comes in small tables and leaves nothing behind."""
-        found = []
+    def read(self, limits: Limits, scratch: Path) -> list[tuple[int, str | None]]:
+        """Return the sorted rows; check that tables are small and that no file is left."""
+        rows = []
         for table in read_sorted(self.parts, SCHEMA, scratch, limits):
             assert table.schema == SCHEMA
             assert 0 < table.nbytes < 6 * limits.window
-            found += zip(table["row"].to_pylist(), table["response"].to_pylist(), strict=True)
+            rows += zip(table["row"].to_pylist(), table["response"].to_pylist(), strict=True)
         assert os.listdir(scratch) == []
-        return found
+        return rows
 
-    def wanted(self) -> list[tuple[int, str | None]]:
+    def expected(self) -> list[tuple[int, str | None]]:
         return [(row, response) for row, (_, response) in sorted(self.best.items())]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
+def parts_written(tmp_path: Path) -> Parts:
     (tmp_path / "scratch").mkdir()
-    return Folder(tmp_path)
+    return Parts(tmp_path)
 
 
 def cut(rows: list[int], size: int) -> Iterator[list[int]]:
@@ -76,60 +76,62 @@ def cut(rows: list[int], size: int) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_that_lie_anywhere_several_times(folder: Folder, seed: int) -> None:
-    chance = random.Random(seed)
-    dealt = 0
+def test_rows_anywhere_in_several_parts(parts_written: Parts, seed: int) -> None:
+    draw = random.Random(seed)
+    spilled = 0
     for attempt, retry in ((1, 0), (2, 0), (3, 1), (4, 2)):
-        rows = chance.sample(range(250), chance.randint(50, 200))
-        for some in cut(rows, chance.randint(10, 60)):
+        rows = draw.sample(range(250), draw.randint(50, 200))
+        for chunk in cut(rows, draw.randint(10, 60)):
             records = [
-                sample(row, response=f"{attempt}" * chance.randint(0, 300)) if chance.random() < 0.7 else failed(row)
-                for row in some
+                sample(row, response=f"{attempt}" * draw.randint(0, 300)) if draw.random() < 0.7 else failed(row)
+                for row in chunk
             ]
-            folder.add(records, attempt, retry, group=chance.randint(1, 20))
-    scratch = folder.path / "scratch"
-    found = []
-    for table in read_sorted(folder.parts, SCHEMA, scratch, TINY):
-        found += zip(table["row"].to_pylist(), table["response"].to_pylist(), strict=True)
-        dealt = max(dealt, len(os.listdir(scratch)))
-    assert found == folder.wanted()
-    assert dealt > 5, "the rows were dealt out"
-    assert folder.out(Limits(), scratch) == folder.wanted(), "and it is the same where they need not be"
+            parts_written.add(records, attempt, retry, group=draw.randint(1, 20))
+    scratch = parts_written.path / "scratch"
+    rows_read = []
+    for table in read_sorted(parts_written.parts, SCHEMA, scratch, TINY):
+        rows_read += zip(table["row"].to_pylist(), table["response"].to_pylist(), strict=True)
+        spilled = max(spilled, len(os.listdir(scratch)))
+    assert rows_read == parts_written.expected()
+    assert spilled > 5, "rows were spilled"
+    assert parts_written.read(Limits(), scratch) == parts_written.expected(), "the same without spilling"
 
 
-def test_rows_in_about_the_manifests_order_are_not_dealt_out(folder: Folder) -> None:
+def test_rows_in_roughly_the_manifests_order_are_not_spilled(parts_written: Parts) -> None:
     rows = list(range(600))
     for start in range(0, 600, 20):
         rows[start : start + 20] = reversed(rows[start : start + 20])
-    for some in cut(rows, 30):
-        folder.add([sample(row) for row in some])
-    scratch = folder.path / "scratch"
-    scratch.rmdir()  # nothing can be written there
-    tables = list(read_sorted(folder.parts, SCHEMA, scratch, TINY))
+    for chunk in cut(rows, 30):
+        parts_written.add([sample(row) for row in chunk])
+    scratch = parts_written.path / "scratch"
+    scratch.rmdir()  # no file can be written
+    tables = list(read_sorted(parts_written.parts, SCHEMA, scratch, TINY))
     assert [row for table in tables for row in table["row"].to_pylist()] == list(range(600))
     assert len(tables) > 20
 
 
-def test_many_attempts_at_the_same_rows_are_held_once(folder: Folder) -> None:
+def test_rows_of_many_attempts_are_held_once(parts_written: Parts) -> None:
     for attempt in range(1, 60):
-        folder.add([failed(row) if attempt < 59 else sample(row) for row in range(20)], attempt, group=20)
-    assert folder.out(TINY, folder.path / "scratch") == [(row, sample(row).response) for row in range(20)]
+        parts_written.add([failed(row) if attempt < 59 else sample(row) for row in range(20)], attempt, group=20)
+    assert parts_written.read(TINY, parts_written.path / "scratch") == [
+        (row, sample(row).response) for row in range(20)
+    ]
 
 
-def test_one_row_far_from_the_others_of_its_group(folder: Folder) -> None:
+def test_a_row_far_from_the_others_of_its_group(parts_written: Parts) -> None:
     for start in range(0, 3000, 100):
-        late = [max(0, start - 500)] if start else []  # as one that was tried again after all others
-        folder.add([sample(row) for row in sorted({*late, *range(start + 1, start + 100)})], group=50)
-    assert folder.out(TINY, folder.path / "scratch") == folder.wanted()
+        late = [max(0, start - 500)] if start else []  # like a row that was retried after all others
+        parts_written.add([sample(row) for row in sorted({*late, *range(start + 1, start + 100)})], group=50)
+    assert parts_written.read(TINY, parts_written.path / "scratch") == parts_written.expected()
 
 
-def test_nothing_and_a_single_row(folder: Folder) -> None:
-    assert folder.out(TINY, folder.path / "scratch") == []
-    folder.add([sample(10**12)])
-    assert folder.out(TINY, folder.path / "scratch") == folder.wanted()
+def test_no_row_and_a_single_row(parts_written: Parts) -> None:
+    assert parts_written.read(TINY, parts_written.path / "scratch") == []
+    parts_written.add([sample(10**12)])
+    assert parts_written.read(TINY, parts_written.path / "scratch") == parts_written.expected()
 
 
-def test_buckets_hold_the_same_number_of_bytes() -> None:
+def test_buckets_have_about_the_same_size() -> None:
     even = [Group(start, start + 99, 1000) for start in range(0, 1000, 100)]
     assert list(bucket_starts(even, 2500)) == [0, 250, 500, 750, 1000]
     across = [Group(0, 999, 1000)] * 10
@@ -138,11 +140,11 @@ def test_buckets_hold_the_same_number_of_bytes() -> None:
     assert list(bucket_starts([], 100)) == [0]
 
 
-def test_a_part_that_goes_away_is_told(folder: Folder) -> None:
-    folder.add([sample(1)])
-    folder.parts[0].path.unlink()
+def test_a_missing_part_is_reported(parts_written: Parts) -> None:
+    parts_written.add([sample(1)])
+    parts_written.parts[0].path.unlink()
     with pytest.raises(BatchvlError, match=r"0\.parquet: cannot be read: No such file"):
-        folder.out(TINY, folder.path / "scratch")
+        parts_written.read(TINY, parts_written.path / "scratch")
 
 
 MEMORY = """
@@ -166,10 +168,13 @@ print(memory("VmHWM") - before)
 
 
 @pytest.mark.parametrize("near", [pytest.param(5000, marks=pytest.mark.slow), 40_000])
-def test_memory_is_for_a_window_not_for_the_rows(near: int, tmp_path: Path) -> None:
-    """Out of order within so many rows, as rows that were slow or tried again are, or all over the manifest."""
+def test_memory_is_bounded(near: int, tmp_path: Path) -> None:
+    """Rows are out of order within a range, like slow or retried rows, or across the whole manifest."""
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, tmp_path, str(near)], check=True, capture_output=True, text=True,
+        [sys.executable, "-c", MEMORY, tmp_path, str(near)],
+        check=True,
+        capture_output=True,
+        text=True,
         cwd=Path(__file__).parents[3],
-    )  # fmt: skip
+    )
     assert int(done.stdout) < 150_000, f"{done.stdout} kB for 190 MB of rows"
