@@ -66,6 +66,8 @@ class FakeOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Path of a file that stands for a hub: it contains the latest revision and the chat template's digest."""
     images: bool = True
     """Whether image workers decode images and send their thumbnails."""
+    encoded: bool = False
+    """Whether image workers only check images and send the original bytes, as for a server."""
     rows: int | None = None
     """Rows that keep it busy. [default: four batches]"""
 
@@ -97,7 +99,9 @@ class FakeEngine:
         return self._idle.seconds
 
     async def resolve(self) -> PreparationSpec | None:
-        """Return the preparation of thumbnails, if images are enabled."""
+        """Return the preparation of thumbnails or of encoded images, if images are enabled."""
+        if self._options.encoded:
+            return PreparationSpec(input="encoded")
         return PreparationSpec("batchvl.engines.fake:Thumbnails") if self._options.images else None
 
     async def start(self) -> EngineInfo:
