@@ -323,7 +323,7 @@ def test_two_gpus_share_the_rows_and_failures_are_reported(tmp_path, monkeypatch
     from benchmarks.internvl import make
     from benchmarks.measure import Bench, MeasurementFailed
 
-    without_gpu(tmp_path, monkeypatch, answer="say", say="x" * 200)
+    without_gpu(tmp_path, monkeypatch, answer="text", text="x" * 200)
     model, [tiny] = make("tiny", tmp_path / "model", max_tiles=1), SCENARIOS["tiny"]
     options = [("dtype", "float16")]
     bench = Bench(replace(tiny, gpus=2), model, "pytorch", options, ["0", "1"], tmp_path / "two", 300)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from batchvl.config.options import LmdeployOptions, PromptOptions, SamplingOptions
 from batchvl.engines.base import EngineSpec
-from batchvl.prompts.template import Prompter
+from batchvl.prompts.prompter import Prompter
 from batchvl.types import InlineImage, Request, Response, Row
 
 from . import cpu_core

@@ -1,4 +1,4 @@
-"""Rows that are told to end, wherever in LMDeploy they are: they do, soon, leave nothing behind and harm nobody."""
+"""Rows are aborted wherever they are in LMDeploy: they end soon, leave nothing behind and affect no other row."""
 
 from __future__ import annotations
 
@@ -10,119 +10,122 @@ import pytest_asyncio
 from batchvl.shapes import MODEL
 from batchvl.types import Row
 from tests.engines.cpu_core import ROWS
-from tests.engines.lmdeploy_line import SOON, CoreLine, Rows, until, with_core
+from tests.engines.lmdeploy_harness import ABORT_LIMIT, LmdeployHarness, OpenRows, start_lmdeploy, wait_until
 
 pytestmark = [pytest.mark.lmdeploy, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[False, True], ids=["core", "LMDeploy's handles"])
-async def engine(request: pytest.FixtureRequest):
-    slow = {"delay": 0.5, "answer": "say", "say": "z" * 200}
-    async with with_core(MODEL, {"answer": "digest", "rules": {"slow": slow}, "own_handles": request.param}) as found:
-        yield found
+async def shared(request: pytest.FixtureRequest):
+    slow = {"delay": 0.5, "answer": "text", "text": "z" * 200}
+    behaviour = {"answer": "digest", "rules": {"slow": slow}, "own_handles": request.param}
+    async with start_lmdeploy(MODEL, behaviour) as harness:
+        yield harness
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def line(engine: CoreLine):
-    await engine.idle()
-    yield engine
-    await engine.idle()
+async def lmdeploy(shared: LmdeployHarness):
+    await shared.idle()
+    yield shared
+    await shared.idle()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def rows(line: CoreLine):
-    found = Rows(line)
-    yield found
-    await found.end()
+async def rows(lmdeploy: LmdeployHarness):
+    rows = OpenRows(lmdeploy)
+    yield rows
+    await rows.close()
 
 
-async def test_a_row_that_is_being_answered(line: CoreLine, rows: Rows):
-    await rows.put(0, "slow", pictures=1)
-    await until(lambda: line.core.inflight == 1)
-    await rows.put(1, "quick", pictures=1)
-    assert (await rows[1]).failure is None
+async def test_a_row_that_is_being_answered(lmdeploy: LmdeployHarness, rows: OpenRows):
+    await rows.put(0, "slow", images=1)
+    await wait_until(lambda: lmdeploy.core.in_flight == 1)
+    await rows.put(1, "quick", images=1)
+    assert (await rows.response(1)).failure is None
 
-    await rows.aborted(0, within=1)
+    await rows.abort(0, within=1)
 
-    await line.idle()
+    await lmdeploy.idle()
 
 
-async def test_a_row_that_waits_for_a_handle(line: CoreLine, rows: Rows):
+async def test_a_row_that_waits_for_a_handle(lmdeploy: LmdeployHarness, rows: OpenRows):
     for number in range(ROWS):
         await rows.put(number, "slow")
-    await until(lambda: line.core.inflight == ROWS)
+    await wait_until(lambda: lmdeploy.core.in_flight == ROWS)
     for number in (20, 21, 22):
-        await rows.put(number, "quick", pictures=1)
-    await until(lambda: line.left()["rows"] == ROWS + 3 and not line.left()["preparing"])
+        await rows.put(number, "quick", images=1)
+    await wait_until(lambda: lmdeploy.in_use()["rows"] == ROWS + 3 and not lmdeploy.in_use()["preparing"])
 
-    await rows.aborted(21)
-    assert line.core.inflight == ROWS, "the others were left alone"
-    assert not rows.answers[20].done()
-    assert not rows.answers[22].done()
+    await rows.abort(21)
+    assert lmdeploy.core.in_flight == ROWS, "the others are not affected"
+    assert not rows.tasks[20].done()
+    assert not rows.tasks[22].done()
 
-    await rows.aborted(3, within=1)
+    await rows.abort(3, within=1)
     for number in (20, 22):
-        assert (await rows[number]).failure is None, "the handle is free for the others"
-    assert line.core.inflight == ROWS - 1
+        assert (await rows.response(number)).failure is None, "the handle is free for the others"
+    assert lmdeploy.core.in_flight == ROWS - 1
 
 
-async def test_all_handles_come_back(line: CoreLine, rows: Rows):
+async def test_all_handles_are_returned(lmdeploy: LmdeployHarness, rows: OpenRows):
     for number in range(ROWS * 2):
-        await rows.put(number, "slow", pictures=number % 2)
-    await until(lambda: line.core.inflight == ROWS)
-    await asyncio.gather(*(rows.aborted(number, within=2 * SOON) for number in range(ROWS * 2)))
-    await line.idle()
+        await rows.put(number, "slow", images=number % 2)
+    await wait_until(lambda: lmdeploy.core.in_flight == ROWS)
+    await asyncio.gather(*(rows.abort(number, within=2 * ABORT_LIMIT) for number in range(ROWS * 2)))
+    await lmdeploy.idle()
 
     for number in range(100, 100 + ROWS * 2):
-        await rows.put(number, "quick", pictures=1)
+        await rows.put(number, "quick", images=1)
     for number in range(100, 100 + ROWS * 2):
-        assert (await rows[number]).failure is None
-    assert line.core.peak == ROWS
+        assert (await rows.response(number)).failure is None
+    assert lmdeploy.core.peak == ROWS
 
 
-async def test_a_row_of_several_turns_ends_with_those_it_has(line: CoreLine, rows: Rows):
-    await rows.put(0, ["quick", "slow", "never asked"], pictures=1)
-    await until(lambda: line.core.inflight == 1 and "slow" in line.core.asked[-1].prompt)
-    before = len(line.core.asked)
+async def test_a_row_of_several_turns_keeps_those_that_were_answered(lmdeploy: LmdeployHarness, rows: OpenRows):
+    await rows.put(0, ["quick", "slow", "never asked"], images=1)
+    await wait_until(lambda: lmdeploy.core.in_flight == 1 and "slow" in lmdeploy.core.requests[-1].prompt)
+    before = len(lmdeploy.core.requests)
 
-    response = await rows.aborted(0, within=1)
+    response = await rows.abort(0, within=1)
 
     assert len(response.texts) == 1
-    await line.idle()
-    assert len(line.core.asked) == before
+    await lmdeploy.idle()
+    assert len(lmdeploy.core.requests) == before
     assert response.output_tokens > 0
 
 
-async def test_rows_of_one_list_do_not_wait_for_one_another(line: CoreLine):
-    asked = [
-        line.request(Row(number, prompt="slow" if number == 0 else "quick"), max_new_tokens=200) for number in range(20)
+async def test_rows_of_one_batch_do_not_wait_for_one_another(lmdeploy: LmdeployHarness):
+    requests = [
+        lmdeploy.request(Row(number, prompt="slow" if number == 0 else "quick"), max_new_tokens=200)
+        for number in range(20)
     ]
-    found = []
-    async for response in line.line.infer([(each, []) for each in asked]):
-        found.append(response.row)
-        if len(found) == 19:
-            await line.line.engine.abort(0)
+    order = []
+    async for response in lmdeploy.harness.infer([(request, []) for request in requests]):
+        order.append(response.row)
+        if len(order) == 19:
+            await lmdeploy.harness.engine.abort(0)
 
-    assert found[-1] == 0
-    assert sorted(found) == list(range(20))
+    assert order[-1] == 0
+    assert sorted(order) == list(range(20))
 
 
-async def test_a_list_that_nobody_listens_to_any_more_ends(line: CoreLine):
-    answers = line.line.infer([(line.request(Row(number, prompt="slow")), []) for number in range(ROWS + 4)])
-    listening = asyncio.create_task(anext(answers))
-    await until(lambda: line.core.inflight == ROWS)
+async def test_a_batch_ends_when_its_caller_stops_listening(lmdeploy: LmdeployHarness):
+    requests = [lmdeploy.request(Row(number, prompt="slow")) for number in range(ROWS + 4)]
+    responses = lmdeploy.harness.infer([(request, []) for request in requests])
+    listening = asyncio.create_task(anext(responses))
+    await wait_until(lambda: lmdeploy.core.in_flight == ROWS)
 
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
-    await answers.aclose()
+    await responses.aclose()
 
-    await until(lambda: not any(line.left().values()))
+    await wait_until(lambda: not any(lmdeploy.in_use().values()))
 
 
-async def test_aborting_a_row_that_is_not_there_does_nothing(line: CoreLine, rows: Rows):
-    await line.line.engine.abort(12345)
+async def test_aborting_an_unknown_row_does_nothing(lmdeploy: LmdeployHarness, rows: OpenRows):
+    await lmdeploy.harness.engine.abort(12345)
     await rows.put(0, "quick")
-    assert (await rows[0]).failure is None
-    await line.line.engine.abort(0)
+    assert (await rows.response(0)).failure is None
+    await lmdeploy.harness.engine.abort(0)
     await rows.put(1, "quick")
-    assert (await rows[1]).failure is None
+    assert (await rows.response(1)).failure is None
