@@ -83,14 +83,13 @@ class LmdeployEngine:
     async def start(self) -> EngineInfo:
         """Load the weights and generate a first token."""
         loop = asyncio.get_running_loop()
-        if self._resolved is None:
-            await self.resolve()
-        assert self._resolved is not None
-        await loop.run_in_executor(self._thread, self._resolved.wait_for_memory)
-        if self._resolved.wants_main_thread:
-            self.model = self._resolved.load()
+        if (resolved := self._resolved) is None:
+            resolved = self._resolved = await loop.run_in_executor(self._thread, self._resolve)
+        await loop.run_in_executor(self._thread, resolved.wait_for_memory)
+        if resolved.wants_main_thread:
+            self.model = resolved.load()
         else:
-            self.model = await loop.run_in_executor(self._thread, self._resolved.load)
+            self.model = await loop.run_in_executor(self._thread, resolved.load)
         from .handles import IdleMeter
 
         self._health_task = loop.create_task(self._watch_health(self.model))

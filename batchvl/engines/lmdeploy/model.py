@@ -213,7 +213,7 @@ class ResolvedModel:
         logged = str(errors) or f"{type(error).__name__}: {first_line(error)}"
         where = f"{self._spec.model}: LMDeploy ({self._backend})"
         if "out of memory" in f"{error} {errors}".lower():
-            reason = first_line(error).split(". ")[0]  # torch goes on with a page about its allocator
+            reason = first_line(error).split(". ")[0]  # torch appends a page about its allocator
             return EngineUnavailable(f"{where} ran out of GPU memory: {reason}\n{self._memory_advice()}")
         if isinstance(error, ImportError):
             return EngineUnavailable(
