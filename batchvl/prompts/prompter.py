@@ -11,7 +11,7 @@ from ..errors import ImageCountMismatch, MissingPrompt, OptionError
 from ..types import ContentPart, Message, Request, Row
 from .chat import ChatMessage, parse_chat
 from .sampling import RowSampling
-from .template import Segment, Template
+from .template import Author, Segment, Template
 from .tokens import IMAGE_TOKEN, Piece, Slot, TokenSplitter
 
 DEFAULT_PROMPT = "describe this image"
@@ -74,7 +74,7 @@ class Prompter:
         if template is None and row.prompt is None:
             if not row.images:
                 raise MissingPrompt("found neither a prompt nor an image")
-            return [[Segment(DEFAULT_PROMPT, places_images=True, keeps_tokens=True)]]
+            return [[Segment(DEFAULT_PROMPT, Author.OPERATOR)]]
         prompts = row.prompt if isinstance(row.prompt, list) else [row.prompt]
         if not prompts:
             raise MissingPrompt("the prompt is an empty list")
@@ -83,13 +83,12 @@ class Prompter:
             if prompt is None or not prompt.strip():
                 turn = f" of turn {at}" if len(prompts) > 1 else ""
                 raise MissingPrompt(f"the prompt{turn} is null or empty")
-            own = [Segment(prompt, places_images=True, keeps_tokens=False)]
-            turns.append(own if template is None else template.fill(row, prompt))
+            turns.append([Segment(prompt, Author.ROW)] if template is None else template.fill(row, prompt))
         return turns
 
     def _place(self, turns: Sequence[Sequence[Piece]], images: int) -> list[list[ContentPart]]:
         """Put images into the turns' slots, or before the first turn's text if there are no slots."""
-        slots = sum(piece is Slot.IMAGE for turn in turns for piece in turn)
+        slots = sum([turn.count(Slot.IMAGE) for turn in turns])
         if slots == 0:
             return [self._lead(images if at == 0 else 0, _text_of(turn)) for at, turn in enumerate(turns)]
         if slots != images:
@@ -132,8 +131,8 @@ class Prompter:
             if isinstance(piece, int):
                 pieces.append(piece)
             else:
-                is_slot_allowed = places_images and message.role == "user"
-                pieces += self._tokens.split([Segment(piece, is_slot_allowed, keeps_tokens=False)])
+                author = Author.ROW if places_images and message.role == "user" else Author.VALUE
+                pieces += self._tokens.split([Segment(piece, author)])
         return pieces
 
     @staticmethod
@@ -166,7 +165,7 @@ class Prompter:
 
 
 def _text_of(turn: Sequence[Piece]) -> str:
-    return "".join(piece for piece in turn if isinstance(piece, str))
+    return "".join([piece for piece in turn if isinstance(piece, str)])
 
 
 def _parts(pieces: Iterable[Piece]) -> list[ContentPart]:

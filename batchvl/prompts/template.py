@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,17 +16,22 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 _MAX_NAMES = 40
 
 
-class Segment(NamedTuple):
-    """A piece of a prompt, with what its author may write in it.
+class Author(Enum):
+    """Where a piece of a prompt comes from, which decides what tokens mean in it."""
 
-    The authors are the operator (`--prompt`), the row's own prompt, and values that fill in a template.
-    """
+    OPERATOR = "operator"
+    """`--prompt`: `<IMAGE_TOKEN>` places an image, and the model's special tokens keep their meaning."""
+    ROW = "row"
+    """The row's own prompt: `<IMAGE_TOKEN>` places an image."""
+    VALUE = "value"
+    """A column's value in a template: no token has a meaning."""
+
+
+class Segment(NamedTuple):
+    """A piece of a prompt."""
 
     text: str
-    places_images: bool
-    """Whether `<IMAGE_TOKEN>` places an image: in the operator's text and the row's prompt."""
-    keeps_tokens: bool
-    """Whether the model's special tokens keep their meaning: in the operator's text."""
+    author: Author
 
 
 def template_columns(prompt: str, available: Iterable[str]) -> tuple[str, ...]:
@@ -94,16 +100,16 @@ class Template:
         segments = []
         for at, piece in enumerate(self._pieces):
             if at % 2 == 0:
-                segments.append(Segment(piece, places_images=True, keeps_tokens=True))
+                segments.append(Segment(piece, Author.OPERATOR))
             elif piece in row.columns:
                 value = row.columns[piece]
                 if value is None:
                     raise MissingPrompt(f"column {piece!r}, which the prompt names, is null")
-                segments.append(Segment(_to_text(value), places_images=False, keeps_tokens=False))
+                segments.append(Segment(_to_text(value), Author.VALUE))
             elif piece == "prompt" and prompt is not None:
-                segments.append(Segment(prompt, places_images=True, keeps_tokens=False))
+                segments.append(Segment(prompt, Author.ROW))
             else:
-                segments.append(Segment("{" + piece + "}", places_images=True, keeps_tokens=True))
+                segments.append(Segment("{" + piece + "}", Author.OPERATOR))
         return segments
 
 

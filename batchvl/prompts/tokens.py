@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Literal
 
 from ..errors import SpecialToken
-from .template import Segment
+from .template import Author, Segment
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"
 """The place of an image in a prompt."""
@@ -68,13 +68,13 @@ class TokenSplitter:
         done = 0
         while match is not None:
             token = match[0]
-            author = _segment_at(segments, match.start(), match.end())
+            author = _author_of(segments, match.start(), match.end())
             written.append(text[done : match.start()])
             done = match.end()
-            if author is not None and token == IMAGE_TOKEN and author.places_images:
+            if token == IMAGE_TOKEN and author in (Author.OPERATOR, Author.ROW):
                 pieces += ["".join(written), Slot.IMAGE]
                 written = []
-            elif author is not None and token != IMAGE_TOKEN and author.keeps_tokens:
+            elif token != IMAGE_TOKEN and author is Author.OPERATOR:
                 written.append(token)
             elif self._policy == "fail":
                 raise SpecialToken(f"found {token!r} in the row, and --special-tokens is fail")
@@ -85,11 +85,11 @@ class TokenSplitter:
         return [*pieces, "".join([*written, text[done:]])]
 
 
-def _segment_at(segments: Sequence[Segment], start: int, end: int) -> Segment | None:
-    """Return the segment that has a span of the text; None if it crosses segments, so that no author wrote it."""
+def _author_of(segments: Sequence[Segment], start: int, end: int) -> Author | None:
+    """Return the author of a span of the text; None if it crosses segments, so that nobody wrote it."""
     at = 0
     for segment in segments:
         if at <= start and end <= at + len(segment.text):
-            return segment
+            return segment.author
         at += len(segment.text)
     return None
