@@ -1,4 +1,4 @@
-"""The nightly job: its job file, and its script as Slurm would start it."""
+"""The nightly job: its job file, and its script run as Slurm would."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def test_the_job_file_is_accepted():
     assert options.sampling.max_new_tokens == 64
 
 
-def test_the_lines_that_are_commented_out_are_options_too(tmp_path):
+def test_commented_out_lines_are_valid_options(tmp_path):
     text = re.sub(r"^# (\w+ = )", r"\1", (ROOT / "jobs" / "nightly.toml").read_text(), flags=re.MULTILINE)
     (tmp_path / "all.toml").write_text(text)
     options = RunOptions.of(**read_job_file(tmp_path / "all.toml"))
@@ -47,7 +47,7 @@ def test_the_lines_that_are_commented_out_are_options_too(tmp_path):
     assert options.model.revision == "..."
 
 
-def test_the_script_is_whole():
+def test_the_script_is_consistent():
     text = SCRIPT.read_text()
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
     shards = re.search(r"^SHARDS=(\d+)$", text, re.MULTILINE)
@@ -56,20 +56,20 @@ def test_the_script_is_whole():
         assert f"#SBATCH {line}\n" in text
 
 
-def test_it_runs_the_shard_of_its_task(tmp_path, environment, command):
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "5 rows done: 5 ok, 0 failed" in done.stderr
+def test_the_script_runs_the_shard_of_its_task(tmp_path, environment, command):
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "5 rows done: 5 ok, 0 failed" in process.stderr
     assert [path.name for path in (tmp_path / "out").glob("shard-*")] == ["shard-00003-of-00008"]
 
 
-def test_the_signal_before_the_time_is_up_reaches_batchvl(tmp_path, environment, command):
+def test_the_signal_before_the_time_limit_reaches_batchvl(tmp_path, environment, command):
     environment |= {"BATCHVL_ENGINE_OPTION": "delay=100", "BATCHVL_GRACE": "0.2"}
     log = tmp_path / "log"
     with log.open("wb") as out, subprocess.Popen(command, cwd=ROOT, env=environment, stderr=out) as job:
-        while "lists of" not in log.read_text():  # the engine is up
+        while "batches of" not in log.read_text():  # the engine is up
             assert job.poll() is None, log.read_text()
             time.sleep(0.05)
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=scaled(30)) == 75, log.read_text()
-    assert "stopped by SIGUSR1: run the same command again to go on" in log.read_text()
+    assert "stopped by SIGUSR1: run the same command again to resume" in log.read_text()
