@@ -14,7 +14,7 @@ _ALIGNMENT = 64
 class ArenaPacker:
     """Lays out arrays one after another. An array that several rows share is stored once.
 
-    All arrays must live until `write`: they are told apart by their addresses.
+    All arrays must live until `write`: their addresses identify them.
     """
 
     def __init__(self) -> None:
