@@ -337,7 +337,7 @@ async def test_a_read_only_file_system(read_only: tuple[Path, Path]) -> None:
 
 def test_paths_that_are_no_output(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ResumeError, match=r"not a batchvl output: no run\.json current"):
+        with pytest.raises(ResumeError, match=r"not a batchvl output: no run\.json found"):
             batchvl.status(path)
     asyncio.run(fill(tmp_path, [sample(0)]))
     run = tmp_path / "run.json"

@@ -1,4 +1,4 @@
-"""Whole runs with `-o s3://…`: killed, cut off from the store, moved to another machine."""
+"""Runs with `-o s3://…`: killed, cut off from the store, moved to another machine."""
 
 import json
 import random
@@ -17,8 +17,8 @@ from .running import (
     PATIENCE,
     alive,
     command,
+    descendants,
     environment,
-    family,
     journalled,
     questions,
     responses,
@@ -33,12 +33,12 @@ ROWS = 4000
 
 @pytest.fixture
 def store() -> Iterator[ObjectStore]:
-    with ObjectStore() as found:
-        yield found
+    with ObjectStore() as store:
+        yield store
 
 
 class Machine:
-    """A machine: where it keeps its working folders is its own."""
+    """A machine, which has working directories of its own."""
 
     def __init__(self, store: ObjectStore, state: Path) -> None:
         self._store, self.state = store, state
@@ -60,7 +60,7 @@ class Machine:
             )
 
     def journalled(self) -> int:
-        return sum(journalled(folder) for folder in self.state.iterdir() if folder.is_dir())
+        return sum(journalled(path) for path in self.state.iterdir() if path.is_dir())
 
 
 def results(store: ObjectStore) -> pa.Table:
@@ -87,7 +87,7 @@ def test_a_run_into_a_bucket(store, tmp_path):
     local = run(manifest, output=tmp_path / "local", part_rows=200)
     assert responses(local) == results(store)["response"].to_pylist()
     assert b'"rows": 500' in store.read("run/summary.json")
-    assert not list((tmp_path / "here").rglob("part-*")), "nothing of it stays on the disk"
+    assert not list((tmp_path / "here").rglob("part-*")), "no part stays on the disk"
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_the_same_command_again_and_a_merge_elsewhere(store, tmp_path):
     assert (merged.returncode, merged.stderr) == (0, f"{tmp_path / 'r.jsonl'}: 500 rows, 500 ok, 0 failed\n")
 
 
-def test_what_cannot_work_is_told_before_a_model_is_loaded(store, tmp_path):
+def test_an_inaccessible_store_is_reported_before_a_model_is_loaded(store, tmp_path):
     manifest, here = questions(tmp_path / "m.jsonl", 5), Machine(store, tmp_path / "here")
     store.fault = lambda asked: "denied"
     done = here.run(manifest)
@@ -127,16 +127,16 @@ def test_kill_9_on_one_machine_and_on_another(store, tmp_path):
         had = machine.journalled()
         wait_until(lambda m=machine, p=process, had=had: m.journalled() > had or p.poll() is not None)
         time.sleep(draw.random() * 1.5)
-        others = family(process.pid)
+        others = descendants(process.pid)
         process.kill()
         assert process.wait(PATIENCE) == -signal.SIGKILL, (machine.state / "log").read_text()
         wait_until(lambda others=others: not alive(others))
-        for key in parts(store):  # each is whole
+        for key in parts(store):  # each is complete
             pq.read_table(pa.BufferReader(store.read(f"run/{key}")))
-        assert len(parts(store)) >= uploaded, "what was uploaded stays"
+        assert len(parts(store)) >= uploaded, "uploaded parts stay"
         uploaded = len(parts(store))
     assert uploaded
-    for machine in machines:  # each brings in what it has left
+    for machine in machines:  # each uploads what it has left
         merged = shell(
             [*command(None)[:3], "merge", URI, str(tmp_path / "r.parquet"), "--partial"], env=machine.environment()
         )
@@ -162,14 +162,14 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_no_object(store, tmp_path):
     store.fault = fault
     process = here.start(manifest)
     wait_until(lambda: hanging or process.poll() is not None)
-    others = family(process.pid)
+    others = descendants(process.pid)
     process.kill()
     assert process.wait(PATIENCE) == -signal.SIGKILL
     wait_until(lambda: not alive(others))
     assert parts(store) == []
     store.fault = lambda asked: None
     elsewhere = Machine(store, tmp_path / "elsewhere")
-    assert elsewhere.run(manifest, "--limit", "1").returncode == 0, "another machine is not held up by it"
+    assert elsewhere.run(manifest, "--limit", "1").returncode == 0, "it does not block another machine"
     done = here.run(manifest)
     assert done.returncode == 0
     assert "200 of them were done before this run" in done.stderr or "nothing left to do" in done.stderr
@@ -189,31 +189,31 @@ def test_a_store_that_goes_away_for_longer_than_pyarrow_waits(store, tmp_path):
     store.fault = fault
     done = here.run(manifest)
     assert done.returncode == 0, done.stderr
-    assert "cannot be written" in done.stderr, "the outage was told of"
+    assert "cannot be written" in done.stderr, "the outage is reported"
     assert_right(store, 400)
 
 
 @pytest.mark.slow
-def test_two_machines_at_once(store, tmp_path):
+def test_two_machines_concurrently(store, tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 600)
     machines = [Machine(store, tmp_path / name) for name in ("one", "two")]
     running = [machine.start(manifest, fake={"delay": 0.02}) for machine in machines]
     ends = [process.wait(PATIENCE) for process in running]
     assert ends == [0, 0], [(machine.state / "log").read_text() for machine in machines]
-    assert len({key.split("-")[-2] for key in parts(store)}) == 2, "both have answered"
+    assert len({key.split("-")[-2] for key in parts(store)}) == 2, "both have answered rows"
     assert_right(store, 600)
 
 
 @pytest.mark.slow
-def test_failed_rows_are_asked_again_elsewhere(store, tmp_path):
+def test_failed_rows_are_retried_elsewhere(store, tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 50)
     assert Machine(store, tmp_path / "one").run(manifest, fake={"fail_every": 7}).returncode == 3
     two = Machine(store, tmp_path / "two")
     again = [*command(None)[:3], "retry", URI, "--all", "--image-workers", "1", "--quiet"]
     done = shell(again, env=two.environment())
     assert done.returncode == 0, done.stderr
-    told = json.loads(shell([*command(None)[:3], "status", URI, "--json"], env=two.environment()).stdout)
-    assert (told["ok"], told["complete"], told["shards"][0]["retry"]) == (50, True, 1)
+    status = json.loads(shell([*command(None)[:3], "status", URI, "--json"], env=two.environment()).stdout)
+    assert (status["ok"], status["complete"], status["shards"][0]["retry"]) == (50, True, 1)
     assert_right(store, 50)
 
 

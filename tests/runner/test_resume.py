@@ -1,4 +1,4 @@
-"""The same command again: goes on where the last one was, however that ended."""
+"""The same command again resumes where the last run stopped, however that ended."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from batchvl.errors import ResumeError
 from .running import answers, command, environment, questions, responses, run, shell, wait_until
 
 
-def test_settings_without_a_meaning_may_change(tmp_path):
+def test_settings_that_do_not_change_answers_may_differ(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 300)
     assert run(manifest, {"delay": 0.01}, limit=100, batch_size=4).rows == 100
     moved = tmp_path / "elsewhere"
@@ -19,27 +19,28 @@ def test_settings_without_a_meaning_may_change(tmp_path):
     os.rename(manifest, moved / "m.jsonl")
     rest = run(
         moved / "m.jsonl", batch_size=64, part_rows=50, retries=0, image_workers=2, output=tmp_path / "m-batchvl"
-    )  # fmt: skip
+    )
     assert (rest.resumed, rest.rows, rest.exit_code) == (100, 300, 0)
     assert responses(rest) == [f"q {n}" for n in range(300)]
 
 
-def test_a_change_of_meaning_is_named_with_both_values(tmp_path):
+def test_a_setting_that_changes_answers_is_reported_with_both_values(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 10)
     run(manifest)
     with pytest.raises(ResumeError) as raised:
         run(manifest, temperature=0.5, system="Be brief.")
     lines = str(raised.value).splitlines()
     assert [line.strip() for line in lines[1:3]] == [
-        '--system: not given there, "Be brief." here', "--temperature: 0.0 there, 0.5 here"
-    ]  # fmt: skip
+        '--system: not given there, "Be brief." here',
+        "--temperature: 0.0 there, 0.5 here",
+    ]
     done = shell(command(manifest, "--temperature", "0.5"))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["m.parquet", "m.jsonl", "m.csv"])
-def test_a_finished_run_says_so_and_starts_nothing(name, tmp_path, monkeypatch):
+def test_a_finished_run_starts_no_process(name, tmp_path, monkeypatch):
     manifest, out = questions(tmp_path / name, 150), tmp_path / "m-batchvl"
     first = run(manifest)
 
@@ -52,21 +53,21 @@ def test_a_finished_run_says_so_and_starts_nothing(name, tmp_path, monkeypatch):
     assert "nothing left to do" in str(again)
     assert answers(again) == answers(first)
     (out / "results.parquet").unlink()
-    assert len(answers(run(manifest))) == 150, "and merges, were the results lost"
+    assert len(answers(run(manifest))) == 150, "merged again, since the results were lost"
 
 
-def test_the_summary_tells_of_the_end_also_where_the_run_that_came_to_it_was_killed_before_it_wrote_one(tmp_path):
+def test_the_summary_is_written_again_if_the_run_was_killed_before_it_wrote_its_own(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 150)
     file = tmp_path / "m-batchvl" / "summary.json"
     run(manifest)
     done = json.loads(file.read_bytes())
-    file.write_text(json.dumps(done | {"rows": 90, "exit_code": 75}))  # an earlier run's: stopped by a signal
+    file.write_text(json.dumps(done | {"rows": 90, "exit_code": 75}))  # of an earlier run, stopped by a signal
     assert "nothing left to do" in str(run(manifest))
-    found = json.loads(file.read_bytes())
-    assert (found["rows"], found["exit_code"]) == (150, 0)
+    summary = json.loads(file.read_bytes())
+    assert (summary["rows"], summary["exit_code"]) == (150, 0)
 
 
-def test_a_run_that_adds_no_row_does_not_say_that_none_was_left(tmp_path):
+def test_a_run_that_adds_no_row_does_not_claim_to_be_complete(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 60)
     run(manifest, limit=20)
     summary = run(manifest, {"die_on": [*range(20, 60)]})
@@ -74,16 +75,16 @@ def test_a_run_that_adds_no_row_does_not_say_that_none_was_left(tmp_path):
     assert "nothing left to do" not in str(summary)
 
 
-def test_two_runners_at_once(tmp_path):
+def test_a_second_runner_is_refused(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 50)
     process = subprocess.Popen(
         command(manifest, fake={"delay": 60}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )
     try:
         wait_until(lambda: list((tmp_path / "m-batchvl").glob("shard-*/engine-*.log")))
-        with pytest.raises(ResumeError, match=f"another runner is at work here .*process {process.pid}"):
+        with pytest.raises(ResumeError, match=f"in use by another runner \\(.*process {process.pid}"):
             run(manifest)
     finally:
         process.kill()
         process.wait()
-    assert run(manifest).rows == 50, "the lock went with the process"
+    assert run(manifest).rows == 50, "the lock ended with the process"

@@ -1,4 +1,4 @@
-"""Failed rows asked again: which, with what, and what is kept of before."""
+"""`batchvl retry`: which rows are retried, with which options, and which results are kept."""
 
 import signal
 import subprocess
@@ -20,7 +20,7 @@ from .running import (
     engine_options,
     environment,
     journalled,
-    picture,
+    make_image,
     questions,
     responses,
     run,
@@ -33,19 +33,19 @@ MISSING = {n for n in range(ROWS) if n % 20 == 5}
 FLAKY = {n for n in range(ROWS) if n % 10 == 0}
 
 
-def again(out: Path, fake: dict | None = None, **options) -> list[Summary]:
+def retry(out: Path, fake: dict | None = None, **options) -> list[Summary]:
     settings = {"commit_seconds": 0.05, "image_workers": 1, "quiet": True, **options}
     return batchvl.retry(out, engine_option=engine_options(fake or {}), **settings)
 
 
 def records(out: Path) -> dict[str, list[dict]]:
-    """All that the parts hold, by their names."""
+    """Return the rows of all parts, by the names of the parts."""
     return {path.name: pq.read_table(path).to_pylist() for path in sorted(out.glob("shard-*/part-*.parquet"))}
 
 
 @pytest.fixture(params=["m.jsonl", "m.parquet"])
 def out(tmp_path, request) -> Path:
-    """60 rows: six failed in the engine, three pictures are missing."""
+    """The output of 60 rows: six failed in the engine, and three images are missing."""
     rows = [{"prompt": f"q {n}", "images": [f"{n}.png"] if n in MISSING else []} for n in range(ROWS)]
     manifest = write(tmp_path / request.param, rows)
     first = run(manifest, {"flaky_every": 10}, retries=0)
@@ -54,38 +54,38 @@ def out(tmp_path, request) -> Path:
     return tmp_path / "m-batchvl"
 
 
-def test_rows_whose_failure_may_pass(out):
+def test_rows_with_a_retryable_failure(out):
     before = records(out)
-    [summary] = again(out)
+    [summary] = retry(out)
     assert (summary.rows, summary.ok, summary.failed, summary.resumed, summary.exit_code) == (60, 57, 3, 54, 3)
     assert codes(summary) == dict.fromkeys(MISSING, "missing_file")
     assert [responses(summary)[n] for n in sorted(FLAKY)] == [f"q {n}" for n in sorted(FLAKY)]
     after = records(out)
-    assert before.items() <= after.items(), "history is kept"
+    assert before.items() <= after.items(), "earlier results are kept"
     assert {row["row"] for name in after.keys() - before.keys() for row in after[name]} == FLAKY
-    assert again(out) == [], "nothing left that may pass"
+    assert retry(out) == [], "no retryable failure is left"
 
 
 def test_codes_and_all(out, tmp_path):
     for n in MISSING:
-        picture(tmp_path / f"{n}.png", n)
-    [summary] = again(out, codes=["missing_file"])
+        make_image(tmp_path / f"{n}.png", n)
+    [summary] = retry(out, codes=["missing_file"])
     assert codes(summary) == dict.fromkeys(FLAKY, "engine_error")
     assert (summary.ok, summary.exit_code) == (54, 3)
-    [summary] = again(out, {"fail_every": 20}, all=True, retries=0)
+    [summary] = retry(out, {"fail_every": 20}, all=True, retries=0)
     assert codes(summary) == {0: "engine_error", 20: "engine_error", 40: "engine_error"}
-    [summary] = again(out, all=True)
+    [summary] = retry(out, all=True)
     assert (summary.ok, summary.exit_code, codes(summary)) == (60, 0, {})
 
 
 def test_a_later_failure_wins_over_an_earlier_one(out, tmp_path):
     for n in MISSING:
         (tmp_path / f"{n}.png").write_bytes(b"<html>")
-    [summary] = again(out, codes=["missing_file"])
+    [summary] = retry(out, codes=["missing_file"])
     assert {n: code for n, code in codes(summary).items() if n in MISSING} == dict.fromkeys(MISSING, "not_an_image")
 
 
-def test_a_retry_that_was_killed_goes_on_and_asks_none_twice(tmp_path):
+def test_a_killed_retry_is_resumed_and_retries_no_row_twice(tmp_path):
     manifest, rows = questions(tmp_path / "m.jsonl", 900), 900
     out = tmp_path / "m-batchvl"
     assert run(manifest, {"flaky_every": 1}, retries=0).failed == rows
@@ -96,21 +96,21 @@ def test_a_retry_that_was_killed_goes_on_and_asks_none_twice(tmp_path):
     wait_until(lambda: journalled(out) > 5000 or process.poll() is not None)
     process.kill()
     assert process.wait(PATIENCE) == -signal.SIGKILL
-    [rest] = again(out)
+    [rest] = retry(out)
     assert 0 < rest.resumed < rows
     assert (rest.rows, rest.ok, rest.exit_code) == (rows, rows, 0)
     assert responses(rest) == [f"q {n}" for n in range(rows)]
-    assert again(out) == []
+    assert retry(out) == []
 
 
-def test_a_run_that_is_not_at_its_end(tmp_path):
-    """A retry asks what has failed, and leaves what was never asked to the run."""
+def test_a_run_that_is_not_complete(tmp_path):
+    """A retry covers failed rows, and leaves those without a result to the run."""
     manifest, out = questions(tmp_path / "m.parquet", 1000), tmp_path / "m-batchvl"
     slow = {"flaky_every": 10, "delay": 0.05, "rows": 8}
     assert run(manifest, slow, retries=0, max_failures="3", batch_size=4).exit_code == 4
     done = {row["row"] for rows in records(out).values() for row in rows}
     assert len(done) < 1000
-    [summary] = again(out)
+    [summary] = retry(out)
     assert (summary.failed, summary.rows, summary.exit_code) == (0, len(done), 0)
     assert summary.results is None
     rest = run(manifest)
@@ -121,39 +121,39 @@ def test_a_run_that_is_not_at_its_end(tmp_path):
 def test_a_limited_run(tmp_path):
     manifest = questions(tmp_path / "m.parquet", 100)
     run(manifest, {"flaky_every": 10}, retries=0, limit=50)
-    [summary] = again(tmp_path / "m-batchvl")
+    [summary] = retry(tmp_path / "m-batchvl")
     assert (summary.rows, summary.failed, summary.exit_code) == (50, 0, 0)
     assert len(responses(summary)) == 50
 
 
-def test_every_shard_or_one_of_them(tmp_path):
+def test_all_shards_or_one(tmp_path):
     manifest, out = questions(tmp_path / "m.jsonl", 90), tmp_path / "m-batchvl"
     for index in range(3):
         run(manifest, {"flaky_every": 10}, retries=0, shard=f"{index}/3")
-    [one] = again(out, shard="1/3")
+    [one] = retry(out, shard="1/3")
     assert (one.rows, one.failed) == (30, 0)
-    others = again(out)
+    others = retry(out)
     assert [(summary.rows, summary.failed) for summary in others] == [(30, 0), (30, 0)]
     batchvl.merge(out)
     assert {row["status"] for row in pq.read_table(out / "results.parquet").to_pylist()} == {"ok"}
-    with pytest.raises(ResumeError, match="has 3 shards, and --shard 0/4 is none of them"):
-        again(out, shard="0/4")
+    with pytest.raises(ResumeError, match="has 3 shards; --shard 0/4 is not one of them"):
+        retry(out, shard="0/4")
 
 
-def test_the_meaning_stays_the_runs(out, monkeypatch):
+def test_options_that_change_answers_stay_those_of_the_run(out, monkeypatch):
     monkeypatch.setenv("BATCHVL_SYSTEM", "Be brief.")
     monkeypatch.setenv("BATCHVL_RETRIES", "0")
-    [summary] = again(out, {"fail_every": 20})
+    [summary] = retry(out, {"fail_every": 20})
     assert {n: code for n, code in codes(summary).items() if n in FLAKY} == dict.fromkeys((0, 20, 40), "engine_error")
-    assert answers(summary)[0]["attempts"] == 1, "the variable of an option without a meaning is heard"
-    with pytest.raises(OptionError, match="--temperature: changes what an answer means"):
-        again(out, temperature=0.5)
+    assert answers(summary)[0]["attempts"] == 1, "the variable of an option that changes no answer is used"
+    with pytest.raises(OptionError, match="--temperature: not allowed, since it would change what an answer means"):
+        retry(out, temperature=0.5)
     with pytest.raises(OptionError, match="--codes and --all"):
-        again(out, codes=["http_status"], all=True)
-    with pytest.raises(OptionError, match=r"no error has the code nonsense; there are .*http_status"):
-        again(out, codes=["nonsense"])
-    with pytest.raises(OptionError, match="--limit: is no option of a retry"):
-        again(out, limit=3)
+        retry(out, codes=["http_status"], all=True)
+    with pytest.raises(OptionError, match=r"unknown error code nonsense; known codes: .*http_status"):
+        retry(out, codes=["nonsense"])
+    with pytest.raises(OptionError, match="--limit: not an option of retry"):
+        retry(out, limit=3)
 
 
 def test_a_manifest_that_has_moved_or_changed(out, tmp_path):
@@ -161,27 +161,27 @@ def test_a_manifest_that_has_moved_or_changed(out, tmp_path):
     moved = tmp_path / "elsewhere" / manifest.name
     moved.parent.mkdir()
     manifest.rename(moved)
-    with pytest.raises(OptionError, match="is not here: say where it is by --manifest"):
-        again(out)
+    with pytest.raises(OptionError, match=r"cannot find its manifest .*; specify it with --manifest"):
+        retry(out)
     write(manifest, [{"prompt": f"other {n}", "images": []} for n in range(ROWS)])
     with pytest.raises(ResumeError, match="the manifest's contents"):
-        again(out)
-    [summary] = again(out, manifest=moved)
+        retry(out)
+    [summary] = retry(out, manifest=moved)
     assert summary.ok == 57
 
 
-def test_what_is_no_output_folder(tmp_path):
-    with pytest.raises(ResumeError, match=r"has no run\.json"):
+def test_a_directory_that_is_no_output(tmp_path):
+    with pytest.raises(ResumeError, match=r"not a batchvl output: no run\.json found"):
         batchvl.retry(tmp_path)
 
 
 def test_the_command(out):
     done = shell([*command(None)[:3], "retry", str(out), "--accept-failures", "3", "--image-workers", "1"])
     assert (done.returncode, done.stdout) == (0, "")
-    assert "asking 6 failed rows again" in done.stderr
+    assert "retrying 6 failed rows" in done.stderr
     assert "60 rows done: 57 ok, 3 failed" in done.stderr
     nothing = shell([*command(None)[:3], "retry", str(out)])
     assert nothing.returncode == 0
-    assert "no row has failed like that" in nothing.stderr
+    assert "no failed row to retry" in nothing.stderr
     refused = shell([*command(None)[:3], "retry", str(out), "--temperature", "1"])
     assert refused.returncode == 2

@@ -1,4 +1,4 @@
-"""`batchvl status` on whole runs: going on, killed, stopped, finished, of one shard and of several."""
+"""`batchvl status` of runs: running, killed, stopped and finished, of one shard and of several."""
 
 import json
 import os
@@ -19,6 +19,7 @@ STATUS = [sys.executable, "-m", "batchvl", "status"]
 
 
 def status(out: Path, *flags: str) -> str:
+    """Run `batchvl status` and return its output."""
     done = shell([*STATUS, str(out), *flags])
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -30,12 +31,12 @@ def start(*arguments, **settings) -> subprocess.Popen:
     )
 
 
-def end(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen) -> None:
     process.kill()
     process.wait(PATIENCE)
 
 
-def test_a_run_whose_model_loads_and_that_is_killed(tmp_path):
+def test_a_run_that_is_killed_while_the_model_loads(tmp_path):
     manifest, out = questions(tmp_path / "m.jsonl", 600), tmp_path / "m-batchvl"
     process = start(manifest, fake={"start_delay": 600})
     try:
@@ -43,34 +44,34 @@ def test_a_run_whose_model_loads_and_that_is_killed(tmp_path):
         wait_until(lambda: batchvl.status(out).expected)
         text = status(out)
     finally:
-        end(process)
+        kill(process)
     who = f"attempt 1 on {os.uname().nodename}, process {process.pid}, since 20"
     assert text.startswith("0 of about 600 rows done (0.0%): 0 ok, 0 failed\n")
-    assert "\nno rate yet, time left unknown, last sign of life " in text
+    assert "\nno rate yet, time left unknown, last activity " in text
     assert f"\nrunning, {who}" in text
     text = status(out)
     assert "running" not in text
     assert f"\nstale, {who}" in text
-    assert text.endswith("\nto go on: the same command again\n")
+    assert text.endswith("\nto resume: run the same command again\n")
 
 
-def test_a_run_from_its_first_rows_over_a_kill_to_its_end(tmp_path):
+def test_a_run_from_its_first_rows_to_a_kill_and_to_its_end(tmp_path):
     manifest, out = questions(tmp_path / "m.jsonl", 600), tmp_path / "m-batchvl"
     process = start(manifest, "--batch-size", "4", fake={"delay": 0.2, "fail_every": 10, "rows": 8})
     try:
         wait_until((out / "run.json").exists)
         wait_until(lambda: process.poll() is not None or batchvl.status(out).eta_seconds)
         assert process.poll() is None
-        found = batchvl.status(out)
-        assert 0 < found.rows < 600
-        assert found.rows_per_second is not None
-        assert found.rows_per_second < 200, "at most 8 rows in 0.2 s"
-        assert (found.expected, found.estimated, found.shards[0].state) == (600, True, "running")
-        assert found.eta_seconds == pytest.approx((600 - found.rows) / found.rows_per_second, rel=0.01)
+        current = batchvl.status(out)
+        assert 0 < current.rows < 600
+        assert current.rows_per_second is not None
+        assert current.rows_per_second < 200, "at most 8 rows in 0.2 s"
+        assert (current.expected, current.estimated, current.shards[0].state) == (600, True, "running")
+        assert current.eta_seconds == pytest.approx((600 - current.rows) / current.rows_per_second, rel=0.01)
     finally:
-        end(process)
+        kill(process)
     after = json.loads(status(out, "--json"))
-    assert after["rows"] >= found.rows
+    assert after["rows"] >= current.rows
     assert after["failures"] == {"engine_error": after["failed"]}
     assert (after["stale"], after["expected"], after["rows_per_second"]) == ([0], 600, None)
     assert (after["shards"][0]["pid"], after["shards"][0]["attempt"]) == (process.pid, 1)
@@ -80,7 +81,7 @@ def test_a_run_from_its_first_rows_over_a_kill_to_its_end(tmp_path):
     )
 
 
-def test_shards_at_work_stopped_finished_and_not_begun(tmp_path):
+def test_running_stopped_finished_and_waiting_shards(tmp_path):
     manifest, out = questions(tmp_path / "m.parquet", 90), tmp_path / "m-batchvl"
     run(manifest, {"fail_every": 20}, shard="1/3")
     processes = [start(manifest, "--shard", shard, fake={"delay": 60}) for shard in ("0/3", "2/3")]
@@ -89,21 +90,20 @@ def test_shards_at_work_stopped_finished_and_not_begun(tmp_path):
             wait_until(lambda shard=shard: list(out.glob(f"shard-0000{shard}-*/engine-*.log")))
         processes[0].send_signal(signal.SIGTERM)
         assert processes[0].wait(PATIENCE) == 75
-        found = batchvl.status(out)
+        current = batchvl.status(out)
     finally:
         for process in processes:
-            end(process)
-    assert [(s.shard, s.state, s.rows, s.expected) for s in found.shards] == [
-        (0, "stopped", 0, 30), (1, "complete", 30, 30), (2, "running", 0, 30)
-    ]  # fmt: skip
-    assert found.shards[0].message.startswith("stopped by SIGTERM")
-    assert (found.rows, found.failures) == (30, {"engine_error": 1})
+            kill(process)
+    shards = [(shard.shard, shard.state, shard.rows, shard.expected) for shard in current.shards]
+    assert shards == [(0, "stopped", 0, 30), (1, "complete", 30, 30), (2, "running", 0, 30)]
+    assert current.shards[0].message.startswith("stopped by SIGTERM")
+    assert (current.rows, current.failures) == (30, {"engine_error": 1})
     text = status(out)
-    assert "3 shards: 1 complete, 1 stale, 1 stopped\nto go on: the same command again, of shards 0,2\n" in text
+    assert "3 shards: 1 complete, 1 stale, 1 stopped\nto resume: run the same command again for shards 0,2\n" in text
     assert re.search(r"^ +1 +complete +30 of 30 +100\.0% +1 +1$", text, re.M)
 
 
-def test_the_reason_is_that_of_the_last_attempt(tmp_path):
+def test_the_message_is_that_of_the_last_attempt(tmp_path):
     manifest, out = questions(tmp_path / "m.parquet", 4000), tmp_path / "m-batchvl"
     run(manifest, {"fail_every": 1, "delay": 0.05, "rows": 1}, max_failures="0", shard="0/2", batch_size=1)
     assert "more than --max-failures 0" in batchvl.status(out).shards[0].message
@@ -112,23 +112,27 @@ def test_the_reason_is_that_of_the_last_attempt(tmp_path):
         wait_until(lambda: list(out.glob("shard-00000-*/engine-0002.log")))
         assert batchvl.status(out).shards[0].message == ""
     finally:
-        end(process)
+        kill(process)
     assert (batchvl.status(out).shards[0].state, batchvl.status(out).shards[0].message) == ("stale", "")
 
 
 @pytest.mark.slow
-def test_text_in_shards_is_counted_by_the_first_of_them(tmp_path):
+def test_the_first_shard_counts_the_rows_of_a_text_manifest(tmp_path):
     manifest, out = questions(tmp_path / "m.jsonl", 900), tmp_path / "m-batchvl"
     process = start(manifest, "--shard", "1/3", fake={"delay": 60})
     try:
         wait_until((out / "manifest-index.json").exists)
-        found = batchvl.status(out)
+        current = batchvl.status(out)
     finally:
-        end(process)
-    assert (found.expected, found.estimated, [shard.expected for shard in found.shards]) == (900, False, [300] * 3)
+        kill(process)
+    assert (current.expected, current.estimated, [shard.expected for shard in current.shards]) == (
+        900,
+        False,
+        [300] * 3,
+    )
 
 
-def test_a_limited_run_is_complete_until_it_goes_on(tmp_path):
+def test_a_limited_run_is_complete_until_it_is_resumed(tmp_path):
     manifest, out = questions(tmp_path / "m.parquet", 90), tmp_path / "m-batchvl"
     run(manifest, limit=40)
     assert (batchvl.status(out).complete, batchvl.status(out).expected) == (True, 40)
@@ -136,18 +140,18 @@ def test_a_limited_run_is_complete_until_it_goes_on(tmp_path):
     assert (batchvl.status(out).complete, batchvl.status(out).expected) == (True, 60)
 
 
-def test_a_runner_says_that_it_lives_while_the_model_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr("batchvl.runner.job.BEAT_SECONDS", 0.02)
+def test_heartbeats_while_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchvl.runner.job.HEARTBEAT_SECONDS", 0.02)
     manifest, out = questions(tmp_path / "m.parquet", 10), tmp_path / "m-batchvl"
     times, over = set(), threading.Event()
 
-    def look():
+    def collect_times():
         while not over.wait(0.005):
             for lock in out.glob("shard-*/lock"):
                 if not list(out.glob("shard-*/journal-*")):
                     times.add(lock.stat().st_mtime_ns)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=collect_times)
     thread.start()
     try:
         run(manifest, {"start_delay": 1})
@@ -169,11 +173,11 @@ def test_watching_a_run_without_a_terminal(tmp_path):
         try:
             pages += watch.stdout
         finally:
-            end(rest)
+            kill(rest)
         assert watch.wait(PATIENCE) == 0
     rows = [json.loads(page)["rows"] for page in pages]
     assert (rows[0], rows[-1], rows) == (60, 120, sorted(rows))
-    assert len(set(rows)) > 2, "it was seen on its way"
+    assert len(set(rows)) > 2, "its progress was seen"
     block = shell([*STATUS, "--watch", str(out)]).stdout
     assert re.match(r"20\S+ /.*\n120 of 120 rows done \(100\.0%\): 120 ok, 0 failed\n2 shards: 2 complete\n\n", block)
 
@@ -189,7 +193,7 @@ def test_watching_on_a_terminal_ends_with_the_run(tmp_path):
         b"1 waiting",
         lambda _: runners.append(start(manifest, "--shard", "39/40", fake={"delay": 1})),
     )
-    end(runners[0])
+    kill(runners[0])
     assert code == 0
     first, *pages = shown.split("\x1b[H\x1b[J")
     assert first == ""
@@ -201,7 +205,7 @@ def test_watching_on_a_terminal_ends_with_the_run(tmp_path):
     assert "40 shards: 40 complete" in pages[-1]
 
 
-def test_an_interrupt_ends_the_watching_quietly(tmp_path):
+def test_an_interrupt_ends_watching_without_a_message(tmp_path):
     manifest, out = questions(tmp_path / "m.parquet", 12), tmp_path / "m-batchvl"
     run(manifest, shard="0/3")
     code, shown = on_a_terminal(
@@ -212,9 +216,9 @@ def test_an_interrupt_ends_the_watching_quietly(tmp_path):
     assert "Abort" not in shown
 
 
-def test_what_is_no_output_folder(tmp_path):
-    for place in (tmp_path, tmp_path / "none"):
-        done = shell([*STATUS, str(place)])
+def test_a_directory_that_is_no_output(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        done = shell([*STATUS, str(path)])
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
-        assert str(place) in done.stderr
+        assert str(path) in done.stderr
