@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from .. import __version__
+from .._version import __version__
 from ..concurrency import run_sync
 from ..config.options import RunOptions, flag
 from ..config.sources import resolve_options
