@@ -1,4 +1,4 @@
-"""Whole runs with the FakeEngine, in this process or as a command, and what came out of them."""
+"""Helpers of tests that run everything with the fake engine, in this process or as a command."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 import batchvl
-from batchvl.engines.fake import SIDE
+from batchvl.engines.fake import THUMBNAIL_SIDE
 from batchvl.runner.summary import Summary
 
 from ..manifest.writing import write
 from ..timing import scaled
 
 PATIENCE = scaled(60)
-"""Seconds after which something that a test waits for will not come any more, however busy the machine."""
+"""Seconds after which a test stops waiting for an event, even on a busy machine."""
 
 
 def questions(path: Path, rows: int, **columns: Any) -> Path:
-    """A manifest of questions without pictures: 'q 0', 'q 1', …"""
+    """Write a manifest of questions without images: 'q 0', 'q 1', …"""
     return write(path, [{"prompt": f"q {number}", **columns} for number in range(rows)])
 
 
@@ -39,13 +39,13 @@ def engine_options(behaviour: Mapping[str, Any]) -> list[str]:
 
 
 def run(manifest: Path | str | None, fake: Mapping[str, Any] | None = None, **options: Any) -> Summary:
-    """batchvl.run with an engine that behaves as `fake` says; without pictures' workers unless told otherwise."""
+    """Call `batchvl.run` with the fake engine, whose options are `fake`; by default quiet, with one image worker."""
     settings = {"quiet": True, "commit_seconds": 0.05, "image_workers": 1, **options}
     return batchvl.run(manifest, engine="fake", engine_option=engine_options(fake or {}), **settings)
 
 
 def command(manifest: Path | str | None, *flags: str, fake: Mapping[str, Any] | None = None) -> list[str]:
-    """The command line of `batchvl run`."""
+    """Return the command line of `batchvl run` with the fake engine."""
     chosen = [word for option in engine_options(fake or {}) for word in ("--engine-option", option)]
     first = [] if manifest is None else [str(manifest)]
     base = ["--engine", "fake", "--commit-seconds", "0.05", "--image-workers", "1"]
@@ -57,7 +57,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def shell(arguments: Sequence[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end, which comes before the test's."""
+    """Run a command to its end."""
     given = {"env": environment(), **settings}
     return subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, **given)
 
@@ -66,8 +66,10 @@ def on_a_terminal(
     arguments: Sequence[str], lines: int = 30, columns: int = 110, wanted: bytes = b"",
     then: Callable[[subprocess.Popen[bytes]], object] | None = None,
 ) -> tuple[int, str]:  # fmt: skip
-    """A command's exit code and all that appeared on a terminal of that size. `then` is called once with the process,
-    when `wanted` has appeared."""
+    """Run a command on a terminal. Return its exit code and all its output.
+
+    `then` is called once with the process, when `wanted` has appeared.
+    """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (lines, columns))
     plain = {name: text for name, text in environment().items() if name not in ("COLUMNS", "LINES")}
@@ -79,7 +81,7 @@ def on_a_terminal(
         while True:
             try:
                 shown += os.read(ours, 65536)
-            except OSError:  # the last one who had the terminal open is gone
+            except OSError:  # no process has the terminal open any more
                 break
             if then and wanted in shown:
                 then(process)
@@ -89,38 +91,38 @@ def on_a_terminal(
 
 
 def answers(summary: Summary) -> list[dict[str, Any]]:
-    """The merged rows."""
+    """Return the merged rows."""
     assert summary.results is not None
     return pq.read_table(summary.results).to_pylist()
 
 
 def responses(summary: Summary) -> list[str | None]:
-    """The merged answers, after a look at whether each row is there once and in order."""
+    """Return the merged answers, after a check that each row is there once, in order."""
     rows = answers(summary)
     assert [row["row"] for row in rows] == list(range(len(rows)))
     return [row["response"] for row in rows]
 
 
 def codes(summary: Summary) -> dict[int, str]:
-    """The failed rows' error codes by row."""
+    """Return the error codes of the failed rows, by row."""
     return {row["row"]: row["error"]["code"] for row in answers(summary) if row["status"] == "failed"}
 
 
-def picture(path: Path, number: int, size: tuple[int, int] = (40, 30)) -> Path:
-    """A picture of its own colour."""
+def make_image(path: Path, number: int, size: tuple[int, int] = (40, 30)) -> Path:
+    """Write an image in a colour that depends on its number. Return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (number * 53 % 256, number * 17 % 256, number % 256)).save(path)
     return path
 
 
-def seen(path: Path) -> str:
-    """What the FakeEngine tells of a picture."""
+def image_digest(path: Path) -> str:
+    """Return the digest that the fake engine answers for an image."""
     with Image.open(path) as image:
-        return hashlib.sha256(image.convert("RGB").resize((SIDE, SIDE)).tobytes()).hexdigest()[:12]
+        return hashlib.sha256(image.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE)).tobytes()).hexdigest()[:12]
 
 
-def family(pid: int | None = None) -> list[psutil.Process]:
-    """A process's children and theirs; none where the process is gone."""
+def descendants(pid: int | None = None) -> list[psutil.Process]:
+    """Return all descendants of a process; none if it has exited."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -128,30 +130,30 @@ def family(pid: int | None = None) -> list[psutil.Process]:
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that still live: one that ended is not, though nobody may have reaped it yet."""
-    found = []
+    """Return the processes that are running. Zombies are not."""
+    running = []
     for process in processes:
         try:
             if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                running.append(process)
         except psutil.NoSuchProcess:
             pass
-    return found
+    return running
 
 
 def children() -> list[psutil.Process]:
-    """This process's children that live, and theirs."""
-    return alive(family())
+    """Return the running descendants of this process."""
+    return alive(descendants())
 
 
-def wait_until(what: Callable[[], object]) -> None:
-    """Polls for something that another process does."""
+def wait_until(condition: Callable[[], object]) -> None:
+    """Poll for something that another process does."""
     end = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < end, "it never came"
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
         time.sleep(0.005)
 
 
 def journalled(out: Path) -> int:
-    """Bytes in the journals of an output folder."""
+    """Return the number of bytes in the journals of an output."""
     return sum(path.stat().st_size for path in out.glob("shard-*/journal-*"))

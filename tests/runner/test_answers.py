@@ -1,4 +1,4 @@
-"""Answers against the truth: the shapes model sees what was drawn, whichever way the picture came."""
+"""Correct answers: the shapes model sees what was drawn, however the image is given."""
 
 import asyncio
 import base64
@@ -21,18 +21,18 @@ WAYS = ("path", "data", "bytes", "http")
 
 
 @contextmanager
-def serving(pictures: dict[str, bytes]):
-    """A real web server on loopback, in a thread; gives its address."""
+def serving(images: dict[str, bytes]):
+    """Run a web server on the loopback address, in a thread. Yield its address."""
     loop, ready = asyncio.new_event_loop(), threading.Event()
     address: list[str] = []
 
     async def serve() -> None:
-        async def picture(request: web.Request) -> web.Response:
-            await asyncio.sleep(random.random() * 0.02)  # so that they arrive in another order
-            return web.Response(body=pictures[request.match_info["name"]], content_type="image/png")
+        async def image(request: web.Request) -> web.Response:
+            await asyncio.sleep(random.random() * 0.02)  # so that the images arrive in another order
+            return web.Response(body=images[request.match_info["name"]], content_type="image/png")
 
         app = web.Application()
-        app.router.add_get("/{name}", picture)
+        app.router.add_get("/{name}", image)
         runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -54,9 +54,9 @@ def serving(pictures: dict[str, bytes]):
         loop.close()
 
 
-def png(picture) -> bytes:
+def png(image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -66,7 +66,7 @@ def draw(rng, scene, tiled=False) -> bytes:
 
 
 def conversation(rng):
-    """Pictures, prompts and the true answers of one row."""
+    """Return images, prompts and the correct answers of one row."""
     kind = rng.random()
     if kind < 0.3:
         scenes = make_scene(rng), make_scene(rng)
@@ -81,15 +81,15 @@ def conversation(rng):
 
 
 @pytest.mark.timeout(300)
-def test_every_answer_is_right_and_none_is_anothers(tmp_path):
+def test_every_row_gets_its_own_correct_answer(tmp_path):
     rng = random.Random("truth")
     served: dict[str, bytes] = {}
     rows, truth = [], []
     with serving(served) as address:
         for number in range(ROWS):
-            pictures, questions, answers = conversation(rng)
+            files, questions, answers = conversation(rng)
             images = []
-            for i, data in enumerate(pictures):
+            for i, data in enumerate(files):
                 name, way = f"{number}-{i}.png", rng.choice(WAYS)
                 if way == "path":
                     (tmp_path / name).write_bytes(data)

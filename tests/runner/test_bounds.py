@@ -5,7 +5,7 @@ import pytest
 import batchvl
 from batchvl.errors import ManifestError, OptionError
 
-from .running import codes, picture, questions, run
+from .running import codes, make_image, questions, run
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_stray_quote_in_csv_fails_its_row(tmp_path):
 
 
 def test_a_dangling_link_among_images_fails_its_row(tmp_path):
-    picture(tmp_path / "images/a.png", 1)
+    make_image(tmp_path / "images/a.png", 1)
     (tmp_path / "images/b.png").symlink_to("gone")
     assert codes(run(tmp_path / "images")) == {1: "missing_file"}
 

@@ -1,4 +1,4 @@
-"""A row's failure is a row of the output, with a code; what that means for the run's end."""
+"""Failed rows are rows of the output with an error code; the limits of failures."""
 
 import base64
 
@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batchvl.runner import scheduler as runner
+from batchvl.runner import scheduler
 
 from ..manifest.writing import write, write_bytes
-from .running import answers, codes, command, picture, questions, responses, run, shell
+from .running import answers, codes, command, make_image, questions, responses, run, shell
 
 
 @pytest.fixture
 def bad(tmp_path):
-    """A manifest with one row of each failure between good ones, and the codes that they must end with."""
+    """A manifest with a row for each kind of failure among good ones, and the expected error codes by row."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
     data = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     (tmp_path / "page.jpg").write_bytes(b"<!DOCTYPE html><title>404</title>")
-    picture(tmp_path / "large.png", 1, (200, 200))
-    good = picture(tmp_path / "good.png", 2)
+    make_image(tmp_path / "large.png", 1, (200, 200))
+    good = make_image(tmp_path / "good.png", 2)
     uri = "data:image/png;base64," + base64.b64encode(good.read_bytes()).decode()
     images = {
         "missing_file": "nowhere.png",
@@ -75,7 +75,7 @@ def test_each_kind_of_bad_row(bad):
         assert (again.exit_code, again.resumed, again.failures) == (code, 18, summary.failures)
 
 
-def test_flaky_rows_are_asked_again_and_say_so(tmp_path):
+def test_flaky_rows_are_retried_and_their_attempts_recorded(tmp_path):
     summary = run(questions(tmp_path / "m.jsonl", 60), {"flaky_every": 20})
     assert responses(summary) == [f"q {n}" for n in range(60)]
     assert {row["row"]: row["attempts"] for row in answers(summary) if row["attempts"] != 1} == {0: 2, 20: 2, 40: 2}
@@ -85,7 +85,7 @@ def test_flaky_rows_are_asked_again_and_say_so(tmp_path):
     assert all(row["error"]["retryable"] for row in answers(none) if row["error"])
 
 
-def test_max_failures_stops_and_the_run_can_go_on(tmp_path):
+def test_max_failures_stops_the_run_which_can_be_resumed(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 1500)
     behaviour = {"fail_every": 2, "delay": 0.1}
     summary = run(manifest, behaviour, max_failures="20")
@@ -101,7 +101,7 @@ def test_max_failures_stops_and_the_run_can_go_on(tmp_path):
     assert responses(rest) == wanted
 
 
-def test_a_share_of_failures(tmp_path):
+def test_a_percentage_of_failures(tmp_path):
     manifest = questions(tmp_path / "m.parquet", 1000)
     behaviour = {"fail_every": 10, "delay": 0.1}
     assert run(manifest, behaviour, max_failures="11%").exit_code == 3, "a tenth fails"
@@ -110,7 +110,7 @@ def test_a_share_of_failures(tmp_path):
     assert stopped.rows < 1000
 
 
-def test_the_command_s_exit_code_and_summary(bad, tmp_path):
+def test_exit_code_and_summary_of_the_command(bad, tmp_path):
     manifest, wanted = bad
     done = shell(command(manifest.name, "--max-image-pixels", "10000"), cwd=tmp_path)
     assert done.returncode == 3, done.stderr
@@ -121,9 +121,9 @@ def test_the_command_s_exit_code_and_summary(bad, tmp_path):
     assert len(wanted) == 13
 
 
-def test_more_rows_in_backoff_than_there_is_room_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "MIN_IN_FLIGHT", 4)
-    monkeypatch.setattr(runner, "WAITING_ROWS", 4)
+def test_more_rows_wait_for_a_retry_than_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduler, "MIN_IN_FLIGHT", 4)
+    monkeypatch.setattr(scheduler, "WAITING_ROWS", 4)
     summary = run(questions(tmp_path / "m.jsonl", 60), {"flaky_every": 1, "rows": 2}, batch_size=2)
     assert (summary.ok, summary.exit_code) == (60, 0)
     assert {row["attempts"] for row in answers(summary)} == {2}

@@ -1,25 +1,28 @@
-"""Whatever the manifest is written in: the same rows, the same answers, in the manifest's order, each once."""
+"""Manifests of all formats give the same rows and answers, in the manifest's order, each once."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
 
 import batchvl
+from batchvl.runner.progress import Progress
 
 from ..manifest.writing import write
-from .running import answers, picture, questions, responses, run, seen, shell
+from .running import answers, image_digest, make_image, questions, responses, run, shell
 
 ROWS = 12
 
 
 @pytest.fixture
 def rows(tmp_path):
-    """Rows with columns of other names than batchvl's own, each with a picture beside the manifest."""
+    """Rows whose columns have other names than the default ones, each with an image next to the manifest."""
     for number in range(ROWS):
-        picture(tmp_path / f"pictures/{number}.png", number)
+        make_image(tmp_path / f"images/{number}.png", number)
     return [
-        {"key": f"k{n}", "question": f"what is {n}?", "photo": f"pictures/{n}.png", "site": f"s{n % 3}"}
+        {"key": f"k{n}", "question": f"what is {n}?", "photo": f"images/{n}.png", "site": f"s{n % 3}"}
         for n in range(ROWS)
     ]
 
@@ -27,10 +30,10 @@ def rows(tmp_path):
 MAPPED = {"prompt_column": "question", "image_column": "photo", "id_column": "key", "keep": ["site"]}
 
 
-def check(summary, folder):
-    found = [(row["row"], row["id"], row["response"], row["site"], row["status"]) for row in answers(summary)]
-    seen_of = [seen(folder / f"pictures/{n}.png") for n in range(ROWS)]
-    assert found == [(n, f"k{n}", f"what is {n}? {seen_of[n]}", f"s{n % 3}", "ok") for n in range(ROWS)]
+def check(summary, directory):
+    rows = [(row["row"], row["id"], row["response"], row["site"], row["status"]) for row in answers(summary)]
+    digests = [image_digest(directory / f"images/{n}.png") for n in range(ROWS)]
+    assert rows == [(n, f"k{n}", f"what is {n}? {digests[n]}", f"s{n % 3}", "ok") for n in range(ROWS)]
     assert (summary.exit_code, summary.rows, summary.expected, summary.images) == (0, ROWS, ROWS, ROWS)
 
 
@@ -41,7 +44,7 @@ def test_files(name, rows, tmp_path):
     assert summary.output == str(tmp_path / "m-batchvl")
 
 
-def test_a_folder_and_a_glob_of_parquet(rows, tmp_path):
+def test_a_directory_and_a_glob_of_parquet(rows, tmp_path):
     for number, cut in enumerate([rows[:5], rows[5:6], rows[6:]]):
         write(tmp_path / f"day-{number}.parquet", cut)
     check(run(tmp_path / "day-*.parquet", **MAPPED), tmp_path)
@@ -53,35 +56,35 @@ def test_a_folder_and_a_glob_of_parquet(rows, tmp_path):
     assert summary.output == f"{tmp_path}-batchvl"
 
 
-def test_pictures_as_bytes_and_a_prompt_from_columns(rows, tmp_path):
+def test_images_as_bytes_and_a_prompt_from_columns(rows, tmp_path):
     for row in rows:
         file = tmp_path / row["photo"]
         row["photo"] = {"bytes": file.read_bytes(), "path": file.name}
     summary = run(write(tmp_path / "m.parquet", rows), prompt="{site}: {question}", prompt_column="key", **{
         name: value for name, value in MAPPED.items() if name != "prompt_column"
     })  # fmt: skip
-    wanted = [f"s{n % 3}: what is {n}? {seen(tmp_path / f'pictures/{n}.png')}" for n in range(ROWS)]
+    wanted = [f"s{n % 3}: what is {n}? {image_digest(tmp_path / f'images/{n}.png')}" for n in range(ROWS)]
     assert responses(summary) == wanted
 
 
-def test_a_folder_of_pictures(rows, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path / "pictures")
-    summary = run(".")  # from within, as one does
+def test_a_directory_of_images(rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "images")
+    summary = run(".")  # from inside the directory
     names = sorted(f"{n}.png" for n in range(ROWS))
-    assert responses(summary) == [f"describe this image {seen(tmp_path / 'pictures' / name)}" for name in names]
+    assert responses(summary) == [f"describe this image {image_digest(tmp_path / 'images' / name)}" for name in names]
     assert [row["images"][0]["source"] for row in answers(summary)] == names
-    assert summary.output == str(tmp_path / "pictures-batchvl")
+    assert summary.output == str(tmp_path / "images-batchvl")
 
 
 @pytest.mark.parametrize("name", ["m.parquet", "m.jsonl"])
-def test_a_limited_run_goes_on_without_the_limit(name, tmp_path):
+def test_a_limited_run_is_resumed_without_the_limit(name, tmp_path):
     manifest = questions(tmp_path / name, 400)
     first = run(manifest, limit=50)
     assert (first.rows, first.expected, first.exit_code) == (50, 50, 0)
     assert responses(first) == [f"q {n}" for n in range(50)]
     attempts = len(list((tmp_path / "m-batchvl").rglob("engine-*.log")))
     assert run(manifest, limit=50).resumed == 50
-    assert len(list((tmp_path / "m-batchvl").rglob("engine-*.log"))) == attempts, "no engine was started for nothing"
+    assert len(list((tmp_path / "m-batchvl").rglob("engine-*.log"))) == attempts, "no engine was started"
     further = run(manifest, limit=60)
     assert (further.rows, further.resumed, further.exit_code) == (60, 50, 0)
     rest = run(manifest)
@@ -90,7 +93,7 @@ def test_a_limited_run_goes_on_without_the_limit(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["m.parquet", "m.jsonl.gz"])
-def test_shards_merge_into_what_one_run_answers(name, tmp_path):
+def test_merged_shards_equal_a_single_run(name, tmp_path):
     manifest = questions(tmp_path / name, 100)
     out = tmp_path / "sharded"
     for index in (2, 0, 1):
@@ -111,8 +114,8 @@ def test_shards_merge_into_what_one_run_answers(name, tmp_path):
     assert [(line["row"], line["response"]) for line in lines] == list(enumerate(responses(whole)))
 
 
-def test_the_first_answers_do_not_wait_for_the_manifest_s_end(tmp_path, monkeypatch):
-    """300,000 rows: when the first ones are on disk, most of the file has not been read."""
+def test_the_first_answers_do_not_wait_for_the_end_of_the_manifest(tmp_path, monkeypatch):
+    """When the first of 300,000 rows are on disk, most of the file has not been read."""
     manifest = tmp_path / "m.jsonl"
     with manifest.open("w") as file:
         file.writelines(f'{{"prompt": "question {number}"}}\n' for number in range(300_000))
@@ -126,15 +129,15 @@ def test_the_first_answers_do_not_wait_for_the_manifest_s_end(tmp_path, monkeypa
 
     monkeypatch.setattr("batchvl.manifest.Manifest.rows", rows)
     first = []
-    tell = batchvl.runner.job.Job._commit
+    original_commit = Progress.commit
 
     def commit(self, counts):
         first.append(highest[-1])
-        tell(self, counts)
-        self._stop("the test")
+        original_commit(self, counts)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("batchvl.runner.job.Job._commit", commit)
-    summary = run(manifest, {"pictures": False})
+    monkeypatch.setattr(Progress, "commit", commit)
+    summary = run(manifest, {"images": False})
     assert summary.exit_code == 75
     assert first
     assert first[0] < 30_000

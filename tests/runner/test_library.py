@@ -1,4 +1,4 @@
-"""batchvl.run in a script, in a notebook, in a thread: no guard, no import of the caller's module, nobody left."""
+"""`batchvl.run` in a script without a guard, in a notebook and in a thread; no process is left behind."""
 
 import asyncio
 import json
@@ -11,8 +11,9 @@ import pytest
 
 import batchvl
 from batchvl.errors import BatchvlError, ManifestError
+from batchvl.runner.progress import Progress
 
-from .running import answers, children, picture, questions, responses, run, shell
+from .running import answers, children, make_image, questions, responses, run, shell
 
 SCRIPT = """
 import sys
@@ -27,10 +28,10 @@ print("torch" in sys.modules, "transformers" in sys.modules)
 """
 
 
-def test_a_plain_script_without_a_guard(tmp_path):
+def test_a_script_without_a_guard(tmp_path):
     with (tmp_path / "m.jsonl").open("w") as file:
         for number in range(5):
-            picture(tmp_path / f"{number}.png", number)
+            make_image(tmp_path / f"{number}.png", number)
             file.write(json.dumps({"prompt": "what?", "image": f"{number}.png"}) + "\n")
     (tmp_path / "script.py").write_text(SCRIPT)
     done = shell([sys.executable, "script.py"], cwd=tmp_path)
@@ -42,7 +43,7 @@ def test_a_plain_script_without_a_guard(tmp_path):
 
 async def test_inside_a_running_loop_as_in_a_notebook(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 30)
-    summary = run(manifest)  # blocks the cell, as one expects
+    summary = run(manifest)  # blocks the cell
     assert isinstance(summary, batchvl.Summary)
     assert responses(summary) == [f"q {n}" for n in range(30)]
     with pytest.raises(ManifestError):
@@ -54,19 +55,19 @@ async def test_inside_a_running_loop_as_in_a_notebook(tmp_path):
     assert not children()
 
 
-async def test_interrupting_a_notebook_s_cell_stops_the_run(tmp_path, monkeypatch):
-    tell = batchvl.runner.job.Job._commit
+async def test_interrupting_a_cell_of_a_notebook_stops_the_run(tmp_path, monkeypatch):
+    original_commit = Progress.commit
     main = threading.main_thread().ident
     sent = []
 
     def commit(self, counts):
-        tell(self, counts)
+        original_commit(self, counts)
         if not sent:
             sent.append(True)
             signal.pthread_kill(main, signal.SIGINT)
 
-    monkeypatch.setattr("batchvl.runner.job.Job._commit", commit)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook's kernel has it
+    monkeypatch.setattr(Progress, "commit", commit)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the kernel of a notebook
     try:
         summary = run(questions(tmp_path / "m.jsonl", 5000), {"delay": 0.02})
     finally:
@@ -78,15 +79,15 @@ async def test_interrupting_a_notebook_s_cell_stops_the_run(tmp_path, monkeypatc
 
 
 def test_in_a_thread(tmp_path):
-    manifest, found = questions(tmp_path / "m.jsonl", 30), []
-    thread = threading.Thread(target=lambda: found.append(run(manifest)))
+    manifest, summaries = questions(tmp_path / "m.jsonl", 30), []
+    thread = threading.Thread(target=lambda: summaries.append(run(manifest)))
     thread.start()
     thread.join()
-    assert responses(found[0]) == [f"q {n}" for n in range(30)]
+    assert responses(summaries[0]) == [f"q {n}" for n in range(30)]
     assert not children()
 
 
-def test_descriptors_and_threads_are_given_back(tmp_path):
+def test_file_descriptors_and_threads_are_released(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 30)
     run(manifest, output=tmp_path / "0")
     held, threads = sorted(os.listdir("/proc/self/fd")), threading.active_count()
@@ -96,7 +97,7 @@ def test_descriptors_and_threads_are_given_back(tmp_path):
     assert threading.active_count() <= threads
 
 
-def test_errors_are_batchvl_s_own(tmp_path):
+def test_errors_are_batchvl_errors(tmp_path):
     for options in ({"no_such": 1}, {"limit": "x"}, {"config": tmp_path / "none.toml"}):
         with pytest.raises(BatchvlError):
             run(questions(tmp_path / "m.jsonl", 2), **options)

@@ -1,6 +1,6 @@
-"""Who is tried again with whom, after the engine died."""
+"""Which rows are retried together after the engine died."""
 
-from batchvl.runner import poison as suspects
+from batchvl.runner import poison
 from batchvl.runner.poison import PoisonBisector
 from batchvl.serving.exits import EngineExited
 from batchvl.types import InlineImage, Row
@@ -14,63 +14,63 @@ def numbers(group):
     return [row.number for row in group]
 
 
-def die(held, blamed, answered=0):
-    died = EngineExited("dead")
-    died.answered = answered
-    for row in blamed:
-        held.blame(row, died)
-    return held.sift()
+def die(bisector, in_flight, answered=0):
+    exited = EngineExited("dead")
+    exited.answered = answered
+    for row in in_flight:
+        bisector.record_death(row, exited)
+    return bisector.split()
 
 
-def test_halves_until_the_culprit_is_alone_twice():
-    held = PoisonBisector()
-    assert die(held, rows(1, 2, 3, 4)) == ([], True)
-    assert numbers(held.next_group()) == [1, 2]
-    assert die(held, rows(1, 2)) == ([], True)
-    assert numbers(held.next_group()) == [3, 4]
-    assert numbers(held.next_group()) == [1]
-    culprits, progress = die(held, rows(1))
-    assert [(c.row.number, c.deaths) for c in culprits] == [(1, 3)]
+def test_groups_are_halved_until_the_poison_row_was_alone_twice():
+    bisector = PoisonBisector()
+    assert die(bisector, rows(1, 2, 3, 4)) == ([], True)
+    assert numbers(bisector.next_group()) == [1, 2]
+    assert die(bisector, rows(1, 2)) == ([], True)
+    assert numbers(bisector.next_group()) == [3, 4]
+    assert numbers(bisector.next_group()) == [1]
+    poison_rows, progress = die(bisector, rows(1))
+    assert [(p.row.number, p.deaths) for p in poison_rows] == [(1, 3)]
     assert progress
-    assert numbers(held.next_group()) == [2]
-    assert held.next_group() is None
+    assert numbers(bisector.next_group()) == [2]
+    assert bisector.next_group() is None
 
 
-def test_a_row_that_was_alone_at_its_first_death_gets_another_try():
-    held = PoisonBisector()
-    assert die(held, rows(7)) == ([], False)
-    assert numbers(held.next_group()) == [7]
-    assert [c.row.number for c in die(held, rows(7))[0]] == [7]
+def test_a_row_that_was_alone_at_its_first_death_is_retried():
+    bisector = PoisonBisector()
+    assert die(bisector, rows(7)) == ([], False)
+    assert numbers(bisector.next_group()) == [7]
+    assert [p.row.number for p in die(bisector, rows(7))[0]] == [7]
 
 
-def test_a_death_of_a_process_that_had_answered_others_is_not_yet_the_rows():
-    held = PoisonBisector()
-    die(held, rows(7), answered=5)
-    assert numbers(held.next_group()) == [7]
-    assert die(held, rows(7), answered=5) == ([], False)
-    assert numbers(held.next_group()) == [7], "next, so that its process is new and has answered nothing"
+def test_a_row_is_not_to_blame_if_the_process_had_answered_others():
+    bisector = PoisonBisector()
+    die(bisector, rows(7), answered=5)
+    assert numbers(bisector.next_group()) == [7]
+    assert die(bisector, rows(7), answered=5) == ([], False)
+    assert numbers(bisector.next_group()) == [7], "it is next, so that its process is new and has answered nothing"
 
 
-def test_two_deaths_at_once_are_two_groups():
-    held = PoisonBisector()
+def test_two_deaths_are_two_groups():
+    bisector = PoisonBisector()
     first, second = EngineExited("first"), EngineExited("second")
     for row in rows(1, 2):
-        held.blame(row, first)
+        bisector.record_death(row, first)
     for row in rows(3, 4):
-        held.blame(row, second)
-    held.sift()
-    assert [numbers(held.next_group()) for _ in range(4)] == [[1], [2], [3], [4]]
+        bisector.record_death(row, second)
+    bisector.split()
+    assert [numbers(bisector.next_group()) for _ in range(4)] == [[1], [2], [3], [4]]
 
 
-def test_full_by_rows_and_by_the_bytes_that_rows_carry(monkeypatch):
-    held = PoisonBisector()
-    for row in rows(*range(suspects.ROWS)):
-        held.blame(row, EngineExited("it died"))
-    assert not held.full
-    held.blame(Row(9999), EngineExited("it died"))
-    assert held.full
-    held.sift()
-    assert not held.full
-    monkeypatch.setattr(suspects, "BYTES", 10)
-    held.blame(Row(1, images=(InlineImage(bytes(11), "x"),)), EngineExited("it died"))
-    assert held.full
+def test_full_by_rows_and_by_inline_bytes(monkeypatch):
+    bisector = PoisonBisector()
+    for row in rows(*range(poison.MAX_ROWS)):
+        bisector.record_death(row, EngineExited("it died"))
+    assert not bisector.full
+    bisector.record_death(Row(9999), EngineExited("it died"))
+    assert bisector.full
+    bisector.split()
+    assert not bisector.full
+    monkeypatch.setattr(poison, "MAX_BYTES", 10)
+    bisector.record_death(Row(1, images=(InlineImage(bytes(11), "x"),)), EngineExited("it died"))
+    assert bisector.full

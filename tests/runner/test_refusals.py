@@ -1,4 +1,4 @@
-"""What is wrong with a command is told before a model is loaded, and leaves nothing behind."""
+"""A wrong command is refused before a model is loaded, and leaves nothing behind."""
 
 import gzip
 import os
@@ -13,19 +13,19 @@ from .running import children, command, questions, run, shell
 GOOD = [{"prompt": "hi", "site": "a"}, {"prompt": "ho", "site": "b"}]
 
 
-def only(folder):
-    return sorted(path.name for path in folder.iterdir())
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
 
 
 def refused(manifest, error, *words, **options):
-    """The run is refused with these words; beside the manifest nothing is new."""
-    before = only(manifest.parent)
+    """Assert that the run is refused with these words, and writes nothing next to the manifest."""
+    before = names(manifest.parent)
     with pytest.raises(error) as raised:
         run(manifest, **options)
     for word in words:
         assert word in str(raised.value)
     assert raised.value.exit_code == 2
-    assert only(manifest.parent) == before
+    assert names(manifest.parent) == before
     assert not children()
 
 
@@ -72,22 +72,22 @@ def test_options(tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["0/1", "1/2"])
-def test_an_engine_that_refuses_leaves_no_output_and_binds_nobody(shard, tmp_path):
-    """Rows that fail before the engine is up are not recorded before it is: nothing was run."""
+def test_an_engine_that_refuses_leaves_no_output_and_no_settings(shard, tmp_path):
+    """Rows that fail before the engine is up are recorded only once it is up."""
     manifest = write(tmp_path / "m.jsonl", [{"prompt": "what?", "image": "missing.png"}] * 30)
-    before = only(tmp_path)
+    before = names(tmp_path)
     with pytest.raises(OptionError, match="needs a GPU"):
         run(manifest, {"refuse": "needs a GPU", "start_delay": 0.3}, shard=shard, model="some/typo")
     with pytest.raises(OptionError, match="velocity"):
         run(manifest, {"velocity": 1}, shard=shard)
-    assert only(tmp_path) == before
+    assert names(tmp_path) == before
     assert not children()
     ours = tmp_path / "ours"
     ours.mkdir()
     (ours / "note.txt").write_text("there before")
     with pytest.raises(OptionError, match="needs a GPU"):
         run(manifest, {"refuse": "needs a GPU"}, shard=shard, output=ours)
-    assert only(ours) == ["note.txt"]
+    assert names(ours) == ["note.txt"]
     summary = run(manifest, shard=shard, output=ours, model="the/right-one", accept_failures="100%")
     assert (summary.exit_code, summary.rows) == (0, 30 if shard == "0/1" else 15)
     with pytest.raises(OptionError):
@@ -95,11 +95,11 @@ def test_an_engine_that_refuses_leaves_no_output_and_binds_nobody(shard, tmp_pat
     run(write(tmp_path / "o.jsonl", GOOD), output=tmp_path / "kept", shard="0/2")
     with pytest.raises(OptionError):
         run(tmp_path / "o.jsonl", {"refuse": "too late"}, output=tmp_path / "kept", shard="1/2")
-    assert "run.json" in only(tmp_path / "kept"), "another shard's answers need it"
+    assert "run.json" in names(tmp_path / "kept"), "another shard's answers need it"
     assert run(tmp_path / "o.jsonl", output=tmp_path / "kept", shard="0/2").resumed == 1
 
 
-def test_another_run_s_folder_is_not_touched(tmp_path):
+def test_the_output_of_another_run_is_not_changed(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 20)
     assert run(manifest).exit_code == 0
     out = tmp_path / "m-batchvl"
@@ -118,7 +118,7 @@ def test_another_run_s_folder_is_not_touched(tmp_path):
     assert there == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
-def test_the_command_says_it_in_a_line_and_exits_2(tmp_path):
+def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
     manifest = write(tmp_path / "m.parquet", GOOD)
     for arguments in (
         command(manifest, "--prompt-column", "question"),
@@ -131,15 +131,15 @@ def test_the_command_says_it_in_a_line_and_exits_2(tmp_path):
         assert done.stdout == ""
         assert done.stderr.startswith("Error: ")
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert only(tmp_path) == ["m.parquet"]
+    assert names(tmp_path) == ["m.parquet"]
 
 
-def test_a_run_that_dies_before_its_first_answer_binds_nobody(tmp_path):
-    """It is no usage error, since it may be the machine; but a mended command must not be refused."""
+def test_a_run_that_dies_before_its_first_answer_leaves_no_settings(tmp_path):
+    """It is no usage error, since the machine may be the cause; but a corrected command must not be refused."""
     manifest = write(tmp_path / "m.jsonl", GOOD)
     summary = run(manifest, {"die_on": [0, 1]})
     assert summary.exit_code == 1
     assert "2 times before its first answer" in summary.message
-    assert "by order" in summary.message, "the child's last words"
-    mended = run(manifest, max_new_tokens=64)
-    assert (mended.exit_code, mended.ok) == (0, 2)
+    assert "as configured" in summary.message, "the last output of the engine"
+    corrected = run(manifest, max_new_tokens=64)
+    assert (corrected.exit_code, corrected.ok) == (0, 2)

@@ -1,4 +1,4 @@
-"""Runs on several engines: the same answers as of one, whatever befalls one of them."""
+"""Runs on several replicas: the same answers as with one, whatever happens to one of them."""
 
 import json
 import os
@@ -18,32 +18,30 @@ from .running import (
     codes,
     command,
     environment,
+    image_digest,
     journalled,
-    picture,
+    make_image,
     questions,
     responses,
     run,
-    seen,
     wait_until,
 )
 
 
 def engines(pid):
-    """The engine processes of a run, by when they were started."""
-    found = []
-    for child in psutil.Process(pid).children():
-        if "batchvl.serving.engine_main" in child.cmdline():
-            found.append(child)
-    return sorted(found, key=lambda child: child.create_time())
+    """Return the engine processes of a run, in the order of their start."""
+    children = psutil.Process(pid).children()
+    engines = [child for child in children if "batchvl.serving.engine_main" in child.cmdline()]
+    return sorted(engines, key=lambda child: child.create_time())
 
 
-def test_every_row_is_answered_once_and_the_summary_says_by_how_many(tmp_path):
+def test_every_row_is_answered_once_and_the_summary_has_the_number_of_replicas(tmp_path):
     with (tmp_path / "m.jsonl").open("w") as file:
         for number in range(120):
-            picture(tmp_path / f"{number}.png", number)
+            make_image(tmp_path / f"{number}.png", number)
             file.write(json.dumps({"prompt": f"q {number}", "image": f"{number}.png"}) + "\n")
     summary = run(tmp_path / "m.jsonl", {"delay": 0.05}, gpus=3, batch_size=4)
-    assert responses(summary) == [f"q {n} {seen(tmp_path / f'{n}.png')}" for n in range(120)]
+    assert responses(summary) == [f"q {n} {image_digest(tmp_path / f'{n}.png')}" for n in range(120)]
     assert (summary.exit_code, summary.engine.replicas, summary.engine_deaths) == (0, 3, 0)
     assert "fake 1" in str(summary)
     assert "3 replicas" in str(summary)
@@ -54,7 +52,7 @@ def test_every_row_is_answered_once_and_the_summary_says_by_how_many(tmp_path):
     assert not children()
 
 
-def test_one_is_killed_in_mid_run(tmp_path):
+def test_one_is_killed_during_the_run(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 600)
     flags = ("--gpus", "3", "--batch-size", "4")
     with subprocess.Popen(
@@ -63,22 +61,22 @@ def test_one_is_killed_in_mid_run(tmp_path):
     ) as process:  # fmt: skip
         wait_until(lambda: journalled(tmp_path / "m-batchvl") and len(engines(process.pid)) == 3)
         os.kill(engines(process.pid)[1].pid, signal.SIGKILL)
-        said = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 0, said
-    assert "was killed by SIGKILL" in said
-    assert "600 rows done: 600 ok" in said
+        output = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 0, output
+    assert "was killed by SIGKILL" in output
+    assert "600 rows done: 600 ok" in output
     again = run(manifest)
     assert again.resumed == 600
     assert responses(again) == [f"q {n}" for n in range(600)]
 
 
 @pytest.mark.parametrize(("poison", "size"), [([17], 4), ([0, 150, 151], 8)])
-def test_poison_rows_are_convicted_and_the_others_answered(poison, size, tmp_path):
+def test_poison_rows_fail_and_the_others_are_answered(poison, size, tmp_path):
     summary = run(questions(tmp_path / "m.jsonl", 300), {"die_on": poison}, gpus=3, batch_size=size)
     assert responses(summary) == [None if n in poison else f"q {n}" for n in range(300)]
     assert codes(summary) == dict.fromkeys(poison, "engine_crashed")
     [message] = {row["error"]["message"].split(":")[0] for row in answers(summary) if row["error"]}
-    assert message == "twice, the last time over this row alone"
+    assert message == "the engine died twice, the last time over this row alone"
     assert summary.engine_deaths <= len(poison) * 10
     assert not children()
 
@@ -91,7 +89,7 @@ def test_a_row_over_which_one_hangs(tmp_path):
     assert summary.ok == 59
 
 
-def test_engines_that_die_every_so_often_convict_nobody(tmp_path):
+def test_no_row_fails_if_engines_die_now_and_then(tmp_path):
     behaviour = {"die_after": 40, "delay": 0.001, "spread": 0.03}
     summary = run(questions(tmp_path / "m.jsonl", 300), behaviour, gpus=3, batch_size=8)
     assert responses(summary) == [f"q {n}" for n in range(300)]
@@ -105,7 +103,7 @@ def test_engines_that_always_die_end_the_run(tmp_path):
     assert not children()
 
 
-def test_what_cannot_be_is_refused_before_anything_is_made(tmp_path):
+def test_impossible_options_are_refused_before_anything_is_written(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 3)
     with pytest.raises(OptionError, match="--device cpu names one device"):
         run(manifest, gpus=2, device="cpu")

@@ -21,7 +21,7 @@ from batchvl.validation import survey
 
 from ..faults.server import FaultServer
 from ..manifest.writing import write, write_bytes
-from .running import answers, children, picture, run, shell
+from .running import answers, children, make_image, run, shell
 from .test_shared_images import random_images, web  # noqa: F401 - `web` is a fixture
 
 LOOPBACK = {"allow_private": ["127.0.0.0/8"]}
@@ -41,7 +41,7 @@ def problems(report, level=None):
 @pytest.mark.parametrize("name", ["m.parquet", "m.jsonl", "m.jsonl.gz", "m.csv"])
 def test_a_good_manifest(name, tmp_path):
     images = ["pictures/a.png", "https://example.org/b.png?token=1", "data:image/gif;base64,R0lGODlhAQABAAAAACw="]
-    picture(tmp_path / images[0], 1)
+    make_image(tmp_path / images[0], 1)
     rows = [
         {
             "id": f"r{n}",
@@ -70,7 +70,7 @@ def test_a_good_manifest(name, tmp_path):
 def many_problems(directory):
     """Return rows of each kind that fails before an image is opened, and a good one."""
     directory.mkdir(exist_ok=True)
-    good = picture(directory / "good.png", 2).name
+    good = make_image(directory / "good.png", 2).name
     (directory / "empty.png").touch()
     (directory / "large.png").write_bytes(bytes(5000))
     (directory / "directory.png").mkdir()
@@ -165,8 +165,8 @@ def test_digests_that_are_equal_by_chance_are_not_a_problem(tmp_path, monkeypatc
 
 
 def test_rows_with_the_same_question(tmp_path):
-    picture(tmp_path / "a.png", 1)
-    picture(tmp_path / "b.png", 2)
+    make_image(tmp_path / "a.png", 1)
+    make_image(tmp_path / "b.png", 2)
     row = {"prompt": "what?", "images": ["a.png", "b.png"]}
     changes = [
         {},
@@ -186,7 +186,7 @@ def test_rows_with_the_same_question(tmp_path):
 
 
 def test_rows_without_images_are_reported_if_others_have_some(tmp_path):
-    picture(tmp_path / "a.png", 1)
+    make_image(tmp_path / "a.png", 1)
     rows = [{"prompt": "what?", "image": "a.png"}, {"prompt": "who?", "image": None}]
     assert problems(validate(write(tmp_path / "m.parquet", rows))) == {"no_image": [1]}
     assert problems(validate(write(tmp_path / "n.parquet", [{"prompt": "a"}, {"prompt": "b"}]))) == {}
@@ -209,7 +209,7 @@ def test_the_number_of_reads_is_that_of_a_run(look_ahead, web, tmp_path):  # noq
 
 
 def test_a_probe_fetches_and_decodes(tmp_path):
-    jpeg, large = picture(tmp_path / "a.jpg", 1), picture(tmp_path / "large.png", 2, (300, 200))
+    jpeg, large = make_image(tmp_path / "a.jpg", 1), make_image(tmp_path / "large.png", 2, (300, 200))
     (tmp_path / "page.png").write_bytes(b"<!DOCTYPE html><title>404</title>")
 
     async def probed(**options):
@@ -246,7 +246,7 @@ def test_a_probe_fetches_and_decodes(tmp_path):
 
 def test_a_probe_is_the_same_for_the_same_seed(tmp_path):
     for number in range(60):
-        picture(tmp_path / f"{number}.png", number, (number + 1, 1))
+        make_image(tmp_path / f"{number}.png", number, (number + 1, 1))
     manifest = write(tmp_path / "m.parquet", [{"prompt": "?", "image": f"{number}.png"} for number in range(60)])
     first, again, other = (validate(manifest, probe=5, seed=seed).probe for seed in (1, 1, 2))
     assert (first.rows, first.images) == (5, 5)

@@ -117,7 +117,7 @@ async def test_cancelling_a_row_waits_until_the_engine_has_aborted_it(engine):
         await eventually(lambda: e.holds(1))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(task, 2)
+            await asyncio.wait_for(task, 4)
         assert not e.holds(1), "its tensors may be released"
 
 
@@ -343,7 +343,7 @@ async def test_a_kill_ends_the_pause_after_a_refusal(engine, full):
         assert not row.done()
         e.kill("the run is stopping")
         with pytest.raises(EngineExited):
-            await asyncio.wait_for(row, 2)
+            await asyncio.wait_for(row, PATIENCE)
         assert not children()
 
 
