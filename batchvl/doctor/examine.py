@@ -41,10 +41,8 @@ def examine(timeout: float, on_progress: Callable[[str], object] = str) -> Itera
     facts = _probe_libraries(timeout)  # last, because it briefly takes GPU memory
     on_progress("")
     gpu_usable = gpu_usable or bool(facts["torch"].gpus)
-    yield libraries.check_torch(facts["torch"], gpu_usable)
-    yield libraries.check_lmdeploy(facts["lmdeploy"], gpu_usable)
-    yield libraries.check_turbomind(facts["turbomind"], facts["lmdeploy"], gpu_usable)
-    yield libraries.check_transformers(facts["transformers"])
+    for library in LIBRARIES.values():
+        yield libraries.check_library(library, facts, gpu_usable)
     yield libraries.verdict(facts, shared_memory)
 
 

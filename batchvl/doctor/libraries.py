@@ -7,16 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ..engines.probe import Facts
-from ..engines.registry import (
-    ENGINE_TYPES,
-    LMDEPLOY,
-    TORCH,
-    TRANSFORMERS,
-    TURBOMIND,
-    EngineType,
-    Library,
-    choose_engine,
-)
+from ..engines.registry import ENGINE_TYPES, LMDEPLOY, TORCH, TURBOMIND, EngineType, Library, choose_engine
 from ..errors import EngineUnavailable
 from .finding import Finding, Verdict
 
@@ -73,9 +64,22 @@ def check_turbomind(facts: Facts, lmdeploy: Facts, gpu: bool) -> Finding:
     return Finding("ok", what, "the native module loads, with all of its libraries")
 
 
-def check_transformers(facts: Facts) -> Finding:
-    """Check transformers."""
-    return _problem(TRANSFORMERS, facts) or Finding("ok", "transformers", facts.version)
+def check_library(library: Library, facts: Mapping[str, Facts], gpu: bool) -> Finding:
+    """Check a library of the engine registry.
+
+    Args:
+        library: The library.
+        facts: The results of all probes, by the library's name.
+        gpu: Whether this machine has a GPU that can be used.
+    """
+    if library is TORCH:
+        return check_torch(facts[library.name], gpu)
+    if library is LMDEPLOY:
+        return check_lmdeploy(facts[library.name], gpu)
+    if library is TURBOMIND:
+        return check_turbomind(facts[library.name], facts[LMDEPLOY.name], gpu)
+    found = facts[library.name]
+    return _problem(library, found) or Finding("ok", library.title or library.name, found.version)
 
 
 def verdict(facts: Mapping[str, Facts], shared_memory: Finding) -> Verdict:

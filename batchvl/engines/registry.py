@@ -48,9 +48,6 @@ TRANSFORMERS = Library(
 LMDEPLOY = Library("lmdeploy", "lmdeploy", versions=">=0.18,<0.19", extra="lmdeploy", title="LMDeploy")
 TURBOMIND = Library("turbomind", "lmdeploy", "batchvl.engines.lmdeploy.libraries:probe", title="TurboMind")
 
-LIBRARIES: Mapping[str, Library] = {library.name: library for library in (TORCH, LMDEPLOY, TURBOMIND, TRANSFORMERS)}
-"""Every library that `batchvl doctor` examines, by name, in the order of its report."""
-
 
 def _one_gpu(options: RunOptions) -> int:
     return 1
@@ -72,6 +69,8 @@ class EngineType:
     """Module of its preparation that image workers import before they fork, if importing it takes long."""
     libraries: tuple[Library, ...] = ()
     """Libraries without which it cannot run."""
+    optional_libraries: tuple[Library, ...] = ()
+    """Libraries without which it is slower."""
     extra: str | None = None
     """The extra of batchvl that installs its libraries; None if it needs none."""
     needs_gpu: bool = False
@@ -103,6 +102,7 @@ ENGINE_TYPES: Mapping[str, EngineType] = {
             option_group="lmdeploy",
             preload="batchvl.engines.lmdeploy.preparation",
             libraries=(TORCH, LMDEPLOY),
+            optional_libraries=(TURBOMIND,),
             extra="lmdeploy",
             needs_gpu=True,
             gpus_per_replica=lambda options: options.lmdeploy.tp,
@@ -127,6 +127,13 @@ ENGINE_TYPES: Mapping[str, EngineType] = {
     )
 }
 """Every engine by name; `--engine auto` tries them in this order."""
+
+LIBRARIES: Mapping[str, Library] = {
+    library.name: library
+    for engine in ENGINE_TYPES.values()
+    for library in (*engine.libraries, *engine.optional_libraries)
+}
+"""Every library that engines need, by name, in the order in which `batchvl doctor` reports them."""
 
 
 def choose_engine(name: str, device: str = "auto") -> str:
