@@ -1,9 +1,9 @@
-"""The long form: whole runs killed at random moments, then kills at every call that the output makes to its disk.
+"""The long crash campaign: kills at every call of the output to its disk, then of whole runs at random moments.
 
     python -m tests.crash [--kills 500] [--seed N] [--scratch DIR]
 
-Prints figures, and the seed, by which the same kills are drawn again. Where something is not as it must be it says what
-and ends with exit code 1, and the output folder stays in DIR; otherwise DIR is removed.
+Prints figures and the seed, which repeats the same draws. On a violation it reports what is wrong, exits with code 1
+and keeps the output directory in DIR; otherwise DIR is removed.
 """
 
 from __future__ import annotations
@@ -22,38 +22,40 @@ from .seam import Series
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=500, help="of whole runs [default: 500]")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="[default: any]")
-    parser.add_argument("--scratch", type=Path, default=None, help="a new folder for all files [default: in /tmp]")
-    told = parser.parse_args()
-    scratch = told.scratch or Path(tempfile.mkdtemp(prefix="batchvl-crash-"))
+    parser.add_argument("--kills", type=int, default=500, help="number of kills of whole runs [default: 500]")
+    parser.add_argument(
+        "--seed", type=int, default=random.SystemRandom().randrange(10**6), help="seed of the draws [default: random]"
+    )
+    parser.add_argument("--scratch", type=Path, default=None, help="new directory for all files [default: in /tmp]")
+    args = parser.parse_args()
+    scratch = args.scratch or Path(tempfile.mkdtemp(prefix="batchvl-crash-"))
     scratch.mkdir(parents=True, exist_ok=True)
-    print(f"seed {told.seed}, in {scratch}", flush=True)
+    print(f"seed {args.seed}, in {scratch}", flush=True)
 
-    # First, since it forks: afterwards Arrow has threads.
+    # First, because it forks: later Arrow has threads.
     begin, series = time.monotonic(), Series(_new(scratch / "calls"))
     points = series.points()
     for number, point in enumerate(points, 1):
         series.kill(point)
         if number % 100 == 0:
-            _tell(f"{number} of {len(points)} kills at a call")
+            _report(f"{number} of {len(points)} kills at a call")
     print(", ".join(f"{count} {name}" for name, count in series.figures.items()))
     print(f"  {time.monotonic() - begin:.0f} s", flush=True)
 
-    campaign = Campaign(_new(scratch / "runs"), told.seed)
+    campaign = Campaign(_new(scratch / "runs"), args.seed)
     try:
-        campaign.run(told.kills, _tell)
+        campaign.run(args.kills, _report)
     finally:
         print(campaign.figures, flush=True)
     shutil.rmtree(scratch)
 
 
-def _new(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+def _new(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs, killed at random moments until their work is done, with a look at everything after each kill."""
+"""Whole runs, killed at random moments until their work is done, with a check of everything after each kill."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from typing import Any
 
 from ..runner.running import wait_until
 from .ledger import Ledger
-from .life import ENDING, Life, Memory, held_by_anybody
+from .life import ENDING, Life, Memory, holders
 from .work import SCHEMA, Work
 
-# What is killed, and when: weights of the draw. Image workers and the engine are not the run's end, so that a life has
-# several such wounds.
-WHAT = {"runner": 6, "all": 4, "engine": 3, "worker": 3, "host": 2, "guardian": 1}
-WHEN = {"start": 2, "opening": 3, "answering": 10, "ending": 4, "grace": 3}
+# What to kill, and when: weights of the draw. A run survives the death of image workers and engines, so that it can
+# suffer several.
+TARGETS = {"runner": 6, "all": 4, "engine": 3, "worker": 3, "forkserver": 2, "watchdog": 1}
+MOMENTS = {"start": 2, "opening": 3, "answering": 10, "ending": 4, "grace": 3}
 
-# Seconds from the moment's first sign to the kill, at most. "ending": from the shard's end on, that is in the merge.
-_UP_TO = {"start": 0.9, "opening": 0.4, "answering": 0.7, "ending": 0.08, "grace": 0.3}
+# Longest delay in seconds from the first sign of the moment to the kill. "ending" begins with the end of the shard, so
+# that the kill hits the merge.
+_MAX_DELAY = {"start": 0.9, "opening": 0.4, "answering": 0.7, "ending": 0.08, "grace": 0.3}
 _ROWS = 600
 
 
 @dataclass
 class Figures:
-    """What a campaign comes to."""
+    """The totals of a campaign."""
 
     runs: int = 0
     kills: Counter[str] = field(default_factory=Counter)
-    """By what was killed."""
+    """Number by target."""
     moments: Counter[str] = field(default_factory=Counter)
-    """The same by where the run was then, as its folder shows."""
-    folders: int = 0
+    """Number by the run's phase at the time, judged by its output directory."""
+    directories: int = 0
     rows: int = 0
-    """Answered in all folders that came to their end."""
+    """Rows answered in all finished output directories."""
     checked: int = 0
-    """Rows compared with what was there before a kill, summed over the kills."""
+    """Rows compared with those before a kill, summed over the kills."""
     lost: int = 0
-    doubled: int = 0
+    duplicates: int = 0
     orphans: int = 0
     longest: float = 0.0
-    """Seconds from a runner's death until its last process was gone, at most."""
+    """Longest time in seconds from a runner's death to the end of its last process."""
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -55,18 +56,18 @@ class Figures:
         return (
             f"{self.kills.total()} kills ({kinds})\n"
             f"  while {moments}\n"
-            f"{self.runs} runs in {self.folders} folders, {self.rows:,} rows answered, {self.checked:,} looked up "
-            f"again after kills: {self.lost} lost, {self.doubled} doubled\n"
-            f"{self.orphans} orphans: the last process was gone {self.longest * 1000:.0f} ms after the runner at most\n"
+            f"{self.runs} runs in {self.directories} output directories, {self.rows:,} rows answered, "
+            f"{self.checked:,} compared after kills: {self.lost} lost, {self.duplicates} duplicated\n"
+            f"{self.orphans} orphans: the last process ended at most {self.longest * 1000:.0f} ms after the runner\n"
             f"{self.seconds:.0f} s"
         )
 
 
 class Campaign:
-    """Kills runs in folders below `scratch`, each until its work is done.
+    """Kills runs in output directories below `scratch`, and resumes each until its work is done.
 
-    The draws come from `seed`; where a kill falls depends on the machine as well, so that a seed repeats a failure
-    often, not always. The folder of a failure stays where it is.
+    The draws depend on `seed`, the exact point of a kill on the machine as well, so that a seed repeats a failure often
+    but not always. The output directory of a failure is kept.
     """
 
     def __init__(self, scratch: Path, seed: int, *, rows: int = _ROWS) -> None:
@@ -75,25 +76,29 @@ class Campaign:
         for name in ("m.parquet", "m.jsonl"):
             work, out = Work(scratch / name, rows, name), scratch / f"undisturbed-{name}"
             life = self._live(work, out)
-            assert life.wait() == 0, life.said
+            assert life.wait() == 0, life.output
             self._works.append((work, work.check(out / "results.parquet")))
 
-    def run(self, kills: int, tell: Callable[[str], None] = lambda text: None) -> Figures:
-        """Goes on until there were so many kills and the folder is done. Raises AssertionError."""
+    def run(self, kills: int, report: Callable[[str], None] = lambda text: None) -> Figures:
+        """Run until `kills` kills and until the last output directory is done.
+
+        Raises:
+            AssertionError: A guarantee was violated.
+        """
         begin = time.monotonic()
         while self.figures.kills.total() < kills:
-            out = self._scratch / f"out-{self.figures.folders:04d}"
-            work, undisturbed = self._works[self.figures.folders % len(self._works)]
-            self._folder(out, work, undisturbed)
+            out = self._scratch / f"out-{self.figures.directories:04d}"
+            work, undisturbed = self._works[self.figures.directories % len(self._works)]
+            self._complete_directory(out, work, undisturbed)
             shutil.rmtree(out)
-            self.figures.folders += 1
+            self.figures.directories += 1
             self.figures.rows += work.rows
             self.figures.seconds = time.monotonic() - begin
-            tell(f"{self.figures.kills.total()} of {kills} kills, {self.figures.seconds:.0f} s")
+            report(f"{self.figures.kills.total()} of {kills} kills, {self.figures.seconds:.0f} s")
         return self.figures
 
-    def _folder(self, out: Path, work: Work, undisturbed: list[dict[str, Any]]) -> None:
-        """Runs, killed over and over, until one comes to its end."""
+    def _complete_directory(self, out: Path, work: Work, undisturbed: list[dict[str, Any]]) -> None:
+        """Run and kill again and again until a run finishes."""
         ledger = Ledger(out, SCHEMA)
         resumed: set[int] = set()
         try:
@@ -106,90 +111,90 @@ class Campaign:
                     break
         finally:
             self.figures.lost += ledger.lost
-            self.figures.doubled += ledger.doubled
+            self.figures.duplicates += ledger.duplicates
             self.figures.checked += ledger.checked
         work.check(out / "results.parquet", undisturbed)
-        left = [path for folder in out.glob(".merge-*") for path in folder.iterdir()]
-        assert not left, "merges that were killed have left their files"
+        leftovers = [path for directory in out.glob(".merge-*") for path in directory.iterdir()]
+        assert not leftovers, "killed merges left files"
         summary = json.loads((out / "summary.json").read_bytes())
         assert summary["rows"] == work.rows
-        assert summary["resumed"] in resumed, "it tells of the last run that had something to do"
+        assert summary["resumed"] in resumed, "the summary is that of the last run with rows to do"
 
     def _run(self, work: Work, out: Path, ledger: Ledger) -> int:
-        """A run until it has ended, however: its exit code. Nothing is left of it."""
+        """Run until the run ends in any way, check that nothing of it is left, and return its exit code."""
         life = self._live(work, out)
         self.figures.runs += 1
         try:
-            code, memory = self._endanger(life, out, ledger)
-            self.figures.longest = max(self.figures.longest, life.wait_for_the_last())
-            assert not held_by_anybody(memory), "memory is left"
-            assert "Traceback" not in life.said
+            code, memory = self._run_and_kill(life, out, ledger)
+            self.figures.longest = max(self.figures.longest, life.wait_for_processes())
+            assert not holders(memory), "shared memory is left"
+            assert "Traceback" not in life.output
         except BaseException:
             self.figures.orphans += len(life.members()) if life.ended else 0
-            print(f"{out}: what the last run said:\n{life.said}")
+            print(f"{out}: output of the last run:\n{life.output}")
             raise
         finally:
-            life.put_an_end()
+            life.kill_all()
         return code
 
-    def _endanger(self, life: Life, out: Path, ledger: Ledger) -> tuple[int, set[Memory]]:
-        """Kills this and that of a run until it has ended, however: its exit code, and the memory that it had."""
-        hurt: set[str] = set()
+    def _run_and_kill(self, life: Life, out: Path, ledger: Ledger) -> tuple[int, set[Memory]]:
+        """Kill processes of a run until it ends in any way; return its exit code and the shared memory that it had."""
+        killed: set[str] = set()
         memory: set[Memory] = set()
         before, signalled = attempts(out), False
         while True:
-            what, when = self._drawn(WHAT), self._drawn(WHEN)
-            if what in hurt:  # two deaths over one row would fail it, as they should
-                what = "runner"
-            after = self._draw.uniform(0, _UP_TO[when])
-            told = self._wait_for(when, after, life, out, before)
-            signalled |= told
+            target, moment = self._choose(TARGETS), self._choose(MOMENTS)
+            if target in killed:  # two deaths during the same row would make it fail, correctly
+                target = "runner"
+            delay = self._draw.uniform(0, _MAX_DELAY[moment])
+            in_grace = self._wait_for(moment, delay, life, out, before)
+            signalled |= in_grace
             if life.ended:
                 break
             ledger.expect()
             memory |= life.memory()
-            moment = _moment(out, before) if not told else "in the grace of a signal"
-            if not life.kill(what, self._draw):
+            phase = "in the grace period of a signal" if in_grace else _phase(out, before)
+            if not life.kill(target, self._draw):
                 continue
-            if what in ENDING and life.wait() != -signal.SIGKILL:
-                break  # it had ended by itself the moment before
-            self.figures.kills[what] += 1
-            self.figures.moments[moment] += 1
-            hurt.add(what)
-            if what in ENDING:
+            if target in ENDING and life.wait() != -signal.SIGKILL:
+                break  # the run had just ended by itself
+            self.figures.kills[target] += 1
+            self.figures.moments[phase] += 1
+            killed.add(target)
+            if target in ENDING:
                 return -signal.SIGKILL, memory
         code, expected = life.wait(), {0}
         if signalled:
-            expected |= {75, -signal.SIGTERM}  # the latter once all was done, and handlers were gone
-        if "host" in hurt:
+            expected |= {75, -signal.SIGTERM}  # the latter once all was done and the handlers were removed
+        if "forkserver" in killed:
             expected.add(1)
         assert code in expected, f"exit code {code}"
         return code, memory
 
-    def _wait_for(self, when: str, after: float, life: Life, out: Path, before: set[str]) -> bool:
-        """Returns at the moment drawn, or at the life's end; True where a signal has told the run to end by then."""
-        if when in ("answering", "grace"):
+    def _wait_for(self, moment: str, delay: float, life: Life, out: Path, before: set[str]) -> bool:
+        """Wait for the chosen moment or the end of the run; return whether a signal was sent to the run before that."""
+        if moment in ("answering", "grace"):
             _until(life, lambda: _journals(out, before))
-        elif when == "opening":
+        elif moment == "opening":
             _until(life, lambda: attempts(out) - before)
-        elif when == "ending":
+        elif moment == "ending":
             _until(life, lambda: attempts(out) - before and _complete(out))
-        if when == "grace" and not life.ended:
+        if moment == "grace" and not life.ended:
             _sleep(life, self._draw.uniform(0, 0.3))
             if not life.ended:
                 life.process.send_signal(signal.SIGTERM)
-        _sleep(life, after)
-        return when == "grace"
+        _sleep(life, delay)
+        return moment == "grace"
 
     def _live(self, work: Work, out: Path) -> Life:
         return Life(work.command(out), self._scratch / "log")
 
-    def _drawn(self, weights: dict[str, int]) -> Any:
+    def _choose(self, weights: dict[str, int]) -> Any:
         return self._draw.choices(list(weights), list(weights.values()))[0]
 
 
 def attempts(out: Path) -> set[str]:
-    """The attempts that have begun in an output folder, by number."""
+    """Return the numbers of the attempts that have started in an output directory."""
     return {path.stem.partition("-")[2] for path in out.glob("shard-*/attempt-*.json")}
 
 
@@ -201,17 +206,17 @@ def _complete(out: Path) -> bool:
     return any(out.glob("shard-*/complete.json"))
 
 
-def _moment(out: Path, before: set[str]) -> str:
-    """Where the run is, as its folder shows."""
+def _phase(out: Path, before: set[str]) -> str:
+    """Return the phase of the run, judged by its output directory."""
     if not attempts(out) - before:
         return "starting"
     if _complete(out):
-        return "merging" if any(out.glob(".merge-*")) else "about to merge, or to leave"
+        return "merging" if any(out.glob(".merge-*")) else "about to merge or to exit"
     return "answering" if _journals(out, before) else "opening its stages"
 
 
-def _until(life: Life, what: Callable[[], object]) -> None:
-    wait_until(lambda: life.ended or what())
+def _until(life: Life, condition: Callable[[], object]) -> None:
+    wait_until(lambda: life.ended or condition())
 
 
 def _sleep(life: Life, seconds: float) -> None:

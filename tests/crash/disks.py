@@ -1,4 +1,4 @@
-"""Disks that kill the process or fail at one of the calls that answers depend on."""
+"""Disks that kill the process or fail at one of the calls on which answers depend."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _Result = TypeVar("_Result")
 
 
 class Seam(Disk):
-    """Goes through `_call` with every call, numbered from 1. Syncs nothing: nobody pulls the plug here."""
+    """Passes every call through `_call`, numbered from 1. Does not sync: there is no power failure here."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.names: list[str] = []
-        """The calls so far."""
+        """Names of the calls so far."""
 
     def _call(self, number: int, name: str, do: Callable[[], _Result], partly: Callable[[int], None] | None) -> _Result:
-        """The call `name`; `partly(n)` does the first n-th of it, where it can be done in part."""
+        """Make the call `name`. `partly(n)` does the first n-th of it; None if it cannot be done in part."""
         return do()
 
     def _count(self, name: str, do: Callable[[], _Result], partly: Callable[[int], None] | None = None) -> _Result:
@@ -49,7 +49,7 @@ class Seam(Disk):
         self._count("sync", lambda: None)
 
     def close(self, fd: int) -> None:
-        # Whatever it says, the descriptor is gone: as Linux has it.
+        # As on Linux, the descriptor is closed even if the call fails.
         try:
             self._count("close", lambda: None)
         finally:
@@ -69,8 +69,10 @@ class Seam(Disk):
 
 
 class Killing(Seam):
-    """Kills the process with SIGKILL before or after its call number `at`, or in the middle of its write number `at`,
-    once 1/`part` of the bytes are written."""
+    """Kills the process with SIGKILL before or after call number `at`.
+
+    With `when="middle"`, kills it in the middle of write number `at`, when 1/`part` of the bytes are written.
+    """
 
     def __init__(self, at: int, when: str = "before", part: int = 2) -> None:
         super().__init__()
@@ -94,14 +96,16 @@ class Killing(Seam):
 
 
 class Failing(Seam):
-    """Fails with an error at its call number `at` and all later ones, or at that one alone, as a disk does that is
-    mended in time. A write has written half of its bytes by then. Removing files works on a full disk."""
+    """Fails with an error at call number `at` and all later ones, or with `once` at that one alone.
+
+    A failing write has written half of its bytes. Removing files works on a full disk.
+    """
 
     def __init__(self, at: int, code: int = errno.EIO, *, once: bool = False) -> None:
         super().__init__()
         self._at, self._code, self._once = at, code, once
         self.failed: list[str] = []
-        """The calls that failed, by name."""
+        """Names of the calls that failed."""
 
     def _call(self, number: int, name: str, do: Callable[[], _Result], partly: Callable[[int], None] | None) -> _Result:
         if number < self._at or (self._once and number > self._at):
@@ -125,15 +129,16 @@ class NoLinks(Seam):
 
 
 class KillingNoLinks(NoLinks, Killing):
-    """Both."""
+    """Kills the process, on a file system without hard links."""
 
 
 def disk_of(spec: dict[str, Any]) -> Disk:
-    """The disk that a process of its own is told of as JSON: {"kill": 17, "when": "before"}, or {"fail": 17, "code":
-    "ENOSPC", "once": false}, or nothing: one that only counts.
+    """Return the disk that a JSON object describes.
 
-    >>> disk_of({"fail": 3, "code": "EIO"})._at
-    3
+    {"kill": 17, "when": "before"} kills, {"fail": 17, "code": "ENOSPC", "once": false} fails, {} only counts.
+
+    >>> isinstance(disk_of({"fail": 3, "code": "EIO"}), Failing)
+    True
     """
     match spec:
         case {"kill": int(at), **more}:

@@ -1,7 +1,7 @@
-"""What an output folder holds, read by another way than batchvl's own, and whether that is as it must be.
+"""An independent reader of output directories, which checks that nothing is lost, changed or duplicated.
 
-The reader here knows the files' formats from their description alone: names, frames, footers, and which of several
-records of a row wins.
+It knows the files' formats only from their description: names, frames, footers, and which of several records of a row
+takes precedence.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from batchvl.results.record import decode, to_batch
 _SEGMENT = re.compile(r"(journal|part)-(\d+)-(\d+)\.(?:log|parquet)")
 
 Key = tuple[str, int, int]
-"""The shard's folder, the attempt and the number: what a journal and the part made of it have in common."""
+"""Shard directory, attempt and number, which a journal and the part made from it share."""
 
 
 @dataclass
 class Segment:
-    """A journal or a part: its file's digest, and the rows it holds, each with whether it failed."""
+    """A journal or a part: the digest of its file, and its rows, each with whether it failed."""
 
     name: str
     digest: bytes
@@ -39,17 +39,17 @@ class Segment:
 
 
 class Ledger:
-    """Reads an output folder over and over; remembers what it found, and holds it against what it finds next."""
+    """Reads an output directory repeatedly and compares each state with the one before."""
 
     def __init__(self, out: Path, schema: pa.Schema) -> None:
         self.out, self.schema = out, schema
         self._known: dict[Path, Segment] = {}
         self._durable: dict[int, tuple[bool, bytes]] = {}
         self._dead: dict[Path, bytes] = {}
-        self.lost = self.changed = self.doubled = self.checked = 0
+        self.lost = self.changed = self.duplicates = self.checked = 0
 
     def rows(self) -> dict[int, tuple[bool, bytes]]:
-        """The rows that are there, each once: whether it failed, and its columns. Right while a run is at work.
+        """Return each row once, with whether it failed and its columns. Works while a run is in progress.
 
         Of several records of a row: ok before failed, then the later retry, then the lower attempt.
         """
@@ -59,68 +59,76 @@ class Ledger:
                 rank = (failed, -segment.retry, attempt)
                 if row not in best or rank < best[row][0]:
                     best[row] = rank, (failed, data)
-        return {row: found for row, (_, found) in best.items()}
+        return {row: entry for row, (_, entry) in best.items()}
 
     def expect(self) -> int:
-        """What is there now must be there from now on; how many rows that is. Called before a kill."""
+        """Require the present rows from now on, and return their number. Called before a kill."""
         return self._expect(self.rows())
 
     def check(self, scratch: Path) -> int:
-        """After a kill, with nobody at work: what was expected is there, to the byte, and merged the same.
+        """Check, after a kill and with no run in progress, that all required rows are there unchanged and merged alike.
 
-        Returns how many rows there are. Raises AssertionError.
+        Returns:
+            The number of rows.
+
+        Raises:
+            AssertionError: A row was lost, changed or duplicated, or a finished file was changed.
         """
-        found = self.rows()
-        lost = self._durable.keys() - found.keys()
+        rows = self.rows()
+        lost = self._durable.keys() - rows.keys()
         self.lost += len(lost)
         assert not lost, f"lost: {sorted(lost)[:10]}"
-        changed = [row for row, before in self._durable.items() if found[row] != before]
+        changed = [row for row, before in self._durable.items() if rows[row] != before]
         self.changed += len(changed)
-        assert not changed, f"row {changed[0]} was {self._durable[changed[0]]}, is {found[changed[0]]}"
+        assert not changed, f"row {changed[0]} was {self._durable[changed[0]]}, is {rows[changed[0]]}"
         merged = self.merged(scratch)
-        assert merged == found, f"merged and found differ in rows {[r for r in found if merged.get(r) != found[r]][:5]}"
-        self.checked += self._expect(found)
-        self._files_of_the_dead_never_change()
-        return len(found)
+        assert merged == rows, f"the merged file differs in rows {[r for r in rows if merged.get(r) != rows[r]][:5]}"
+        self.checked += self._expect(rows)
+        self._check_files_of_ended_attempts()
+        return len(rows)
 
     def merged(self, scratch: Path) -> dict[int, tuple[bool, bytes]]:
-        """What batchvl merges at this moment."""
+        """Return the rows that batchvl merges now."""
         file = scratch / "merged.parquet"
         batchvl.merge(self.out, file, partial=True)
         return self.table(file)
 
     def table(self, file: Path) -> dict[int, tuple[bool, bytes]]:
-        """A merged file's rows. Raises AssertionError where one is there twice, or not in its place."""
+        """Return the rows of a merged file.
+
+        Raises:
+            AssertionError: A row is duplicated or out of order.
+        """
         table = pq.read_table(file)
         numbers = table["row"].to_pylist()
-        self.doubled += len(numbers) - len(set(numbers))
-        assert numbers == sorted(set(numbers)), "rows are there more than once, or out of order"
+        self.duplicates += len(numbers) - len(set(numbers))
+        assert numbers == sorted(set(numbers)), "rows are duplicated or out of order"
         return _encoded(table.to_pylist())
 
-    def _expect(self, found: dict[int, tuple[bool, bytes]]) -> int:
-        self._durable |= found
-        return len(found)
+    def _expect(self, rows: dict[int, tuple[bool, bytes]]) -> int:
+        self._durable |= rows
+        return len(rows)
 
-    def _files_of_the_dead_never_change(self) -> None:
+    def _check_files_of_ended_attempts(self) -> None:
         for path, digest in self._dead.items():
             assert hashlib.sha256(path.read_bytes()).digest() == digest, f"{path} was changed by another attempt"
         self._dead = {path: segment.digest for path, segment in self._known.items()}
 
     def _segments(self) -> dict[Key, Segment]:
-        # Journals are listed first: they go only once their part is there. Where both are there, the part counts.
-        found: dict[Key, Segment] = {}
+        # Journals are listed first: a journal is removed only after its part exists. If both exist, the part counts.
+        segments: dict[Key, Segment] = {}
         present = set()
         for kind in ("journal", "part"):
             for path in self.out.glob(f"shard-*/{kind}-*"):
                 match = _SEGMENT.fullmatch(path.name)
-                assert match, f"{path}: what is this?"
+                assert match, f"{path}: unknown file"
                 try:
-                    found[path.parent.name, int(match[2]), int(match[3])] = self._read(path)
+                    segments[path.parent.name, int(match[2]), int(match[3])] = self._read(path)
                     present.add(path)
                 except FileNotFoundError:
-                    assert kind == "journal", f"{path} is gone: a part never goes"
+                    assert kind == "journal", f"{path} is gone: parts are never removed"
         self._known = {path: segment for path, segment in self._known.items() if path in present}
-        return found
+        return segments
 
     def _read(self, path: Path) -> Segment:
         data = path.read_bytes()

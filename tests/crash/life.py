@@ -1,4 +1,4 @@
-"""A run as a process of its own, with all that it starts: its members, what they hold, and their end."""
+"""A run with all processes that it starts: which they are, the memory that they hold, and their end."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 from ..runner.running import PATIENCE, environment
 
-KINDS = ("runner", "engine", "worker", "host", "guardian", "all")
-"""What can be killed: the runner alone, what it started, or all at once, as with the node's memory or the node."""
+KINDS = ("runner", "engine", "worker", "forkserver", "watchdog", "all")
+"""Targets of kills: the runner alone, a process that it started, or all, as when a node runs out of memory or fails."""
 ENDING = ("runner", "all")
-"""The kinds that end the run there and then."""
+"""Targets whose death ends the run."""
 
 _MODULES = {
-    "host": "batchvl.images.forkserver",
+    "forkserver": "batchvl.images.forkserver",
     "engine": "batchvl.serving.engine_main",
-    "guardian": "batchvl.ipc.watchdog",
+    "watchdog": "batchvl.ipc.watchdog",
 }
 _SHARED = ("/dev/shm/", "/SYSV")
 _ROOT = Path(__file__).parents[2]
@@ -31,24 +31,28 @@ Memory = tuple[int, int]
 
 
 class Life:
-    """One run of the command, in a session of its own.
+    """One run of the command, in a new session.
 
-    A session is what every process inherits and keeps, also once its parent is gone, unless it makes one of its own,
-    which batchvl's processes do not: all that the run started are found by it.
+    Every process inherits its session and keeps it when its parent ends, unless it creates another, which batchvl's
+    processes do not. So the session identifies all processes of the run.
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, **settings: Any) -> None:
         self._log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
                 **{"env": environment(PYTHONPATH=str(_ROOT)), **settings},
-            )  # fmt: skip
+            )
         self.started = time.monotonic()
 
     @property
-    def said(self) -> str:
-        """All that it has said so far."""
+    def output(self) -> str:
+        """The run's output so far."""
         return self._log.read_text(errors="replace")
 
     @property
@@ -57,28 +61,30 @@ class Life:
         return self.process.poll() is not None
 
     def members(self) -> list[int]:
-        """Its processes that live, whoever their parents are by now."""
+        """Return the run's living processes, including those whose parent has ended."""
         return [pid for pid in _processes() if _session(pid) == self.process.pid]
 
     def find(self, kind: str) -> list[int]:
-        """The processes of a kind, of which there may be none at this moment."""
+        """Return the present processes of a kind; there may be none."""
         members = self.members()
         if kind == "all":
             return members
         if kind == "runner":
             return [self.process.pid] if self.process.pid in members else []
-        named = [pid for pid in members if _MODULES.get(kind, _MODULES["host"]).encode() in _read(pid, "cmdline")]
-        if kind == "guardian" or kind == "engine":
-            return named
-        forked = [pid for pid in named if _parent(pid) in named]
-        return forked if kind == "worker" else [pid for pid in named if pid not in forked]
+        matching = [
+            pid for pid in members if _MODULES.get(kind, _MODULES["forkserver"]).encode() in _read(pid, "cmdline")
+        ]
+        if kind == "watchdog" or kind == "engine":
+            return matching
+        forked = [pid for pid in matching if _parent(pid) in matching]
+        return forked if kind == "worker" else [pid for pid in matching if pid not in forked]
 
     def kill(self, kind: str, draw: random.Random) -> bool:
-        """Kills one of the kind, or all there are, with SIGKILL. False where there was none."""
-        found = self.find(kind)
-        draw.shuffle(found)
+        """Kill one process of a kind, or with "all" every process, with SIGKILL; return whether there was one."""
+        pids = self.find(kind)
+        draw.shuffle(pids)
         killed = 0
-        for pid in found if kind == "all" else found[:1]:
+        for pid in pids if kind == "all" else pids[:1]:
             try:
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
@@ -87,23 +93,24 @@ class Life:
         return killed > 0
 
     def memory(self) -> set[Memory]:
-        """The shared memory that its processes hold at this moment.
+        """Return the shared memory that the run's processes hold now.
 
-        Raises AssertionError where one of them maps memory that has a name: that would outlive it.
+        Raises:
+            AssertionError: A process maps shared memory that has a name, which would outlive the run.
         """
-        found = set()
+        memory = set()
         for pid in self.members():
-            found |= set(_memfds(pid))
+            memory |= set(_memfds(pid))
             named = [line for line in _read(pid, "maps").decode().splitlines() if any(s in line for s in _SHARED)]
             assert not named, f"{_read(pid, 'cmdline')!r} maps shared memory with a name: {named[0]}"
-        return found
+        return memory
 
     def wait(self) -> int:
-        """Its exit code, once it has ended by itself."""
+        """Wait until the run ends by itself and return its exit code."""
         return self.process.wait(PATIENCE)
 
-    def wait_for_the_last(self) -> float:
-        """How many seconds after this call its last process was gone. The runner must have ended."""
+    def wait_for_processes(self) -> float:
+        """Wait, after the runner has ended, until its last process ends, and return the seconds waited."""
         begin = time.monotonic()
         while left := self.members():
             assert time.monotonic() - begin < PATIENCE, (
@@ -112,8 +119,8 @@ class Life:
             time.sleep(0.002)
         return time.monotonic() - begin
 
-    def put_an_end(self) -> None:
-        """Kills what is left, whatever happened: for the end of a test that failed."""
+    def kill_all(self) -> None:
+        """Kill all processes that are left, for the end of a failed test."""
         for pid in [self.process.pid, *self.members()]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -122,8 +129,8 @@ class Life:
         self.process.wait()
 
 
-def held_by_anybody(memory: set[Memory]) -> list[int]:
-    """The processes of this machine that hold some of that memory still."""
+def holders(memory: set[Memory]) -> list[int]:
+    """Return the processes of this machine that still hold some of the memory."""
     return [pid for pid in _processes() if not memory.isdisjoint(_memfds(pid))]
 
 
@@ -134,7 +141,7 @@ def _processes() -> Iterator[int]:
 
 
 def _session(pid: int) -> int | None:
-    """A process's session; None where it has ended, reaped or not."""
+    """Return a process's session, None if it has ended (reaped or not)."""
     try:
         state, _, _, session = _stat(pid)[:4]
     except (OSError, IndexError):
@@ -150,7 +157,7 @@ def _parent(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields after the name: state, parent, group, session, …"""
+    """Return the fields after the name: state, parent, group, session, …"""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
@@ -162,15 +169,15 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _memfds(pid: int) -> Iterator[Memory]:
-    folder = f"/proc/{pid}/fd"
+    directory = f"/proc/{pid}/fd"
     try:
-        names = os.listdir(folder)
+        names = os.listdir(directory)
     except OSError:
         return
     for name in names:
         try:
-            if os.readlink(f"{folder}/{name}").startswith("/memfd:batchvl"):
-                found = os.stat(f"{folder}/{name}")
-                yield found.st_dev, found.st_ino
+            if os.readlink(f"{directory}/{name}").startswith("/memfd:batchvl"):
+                status = os.stat(f"{directory}/{name}")
+                yield status.st_dev, status.st_ino
         except OSError:
             pass

@@ -1,9 +1,9 @@
-"""A model of what a power failure leaves of a folder: what was synced is there, all else may be or not.
+"""A model of what a power failure leaves of a directory: what was synced is there, anything else may be there or not.
 
-POSIX promises no more than this: a file's bytes are on the disk once the file is fsynced, a name once its folder is.
-What was written since may have got there as a whole, in part, or as zeros (a file that grew before it was filled); of
-the names made, changed and removed since, some may be on the disk and others not. A file that has been renamed keeps
-one of its names: every file system in use sees to that much.
+POSIX promises only this: a file's bytes are on disk once the file is fsynced, a name once its directory is. Later
+writes may be there in full, in part, or as zeros (a file that grew before it was filled). Of the names created, changed
+and removed later, some may be on disk and others not. A renamed file keeps one of its names, as on every file system in
+use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 @dataclass
 class Names:
-    """A folder's names, each with its inode: as synced, and as of now."""
+    """A directory's names with their inodes, as synced and at present."""
 
     synced: dict[str, int] = field(default_factory=dict)
     now: dict[str, int] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Names:
 
 @dataclass
 class Content:
-    """A file's bytes: as synced, and as of now."""
+    """A file's bytes, as synced and at present."""
 
     synced: bytes = b""
     now: bytes = b""
@@ -44,49 +44,55 @@ class Content:
 
 @dataclass
 class Moment:
-    """All below a folder at one moment: folders and files by inode, and what had been reported as durable by then."""
+    """The directories and files of a tree at one moment, by inode, and the rows reported as durable by then."""
 
     root: int
-    folders: dict[int, Names]
+    directories: dict[int, Names]
     files: dict[int, Content]
-    told: frozenset[int] = frozenset()
+    reported: frozenset[int] = frozenset()
 
     def leave(self, target: Path, draw: random.Random | None, *, new_names: bool = False) -> None:
-        """Makes the folder `target` as a power failure at this moment may leave it.
+        """Create the directory `target` as a power failure at this moment may leave it.
 
-        draw: what was not synced is there, in part, or not, as drawn. Without it nothing of that is there: with
-        `new_names` all names are nevertheless, of files which are as long as they were, but of zeros.
+        Args:
+            target: Directory to create.
+            draw: Decides how much of what was not synced is there. None: nothing of it.
+            new_names: Without `draw`, keep all names nevertheless, with files of the same length that end in zeros.
         """
-        self._leave_folder(self.root, target, draw, new_names)
+        self._leave_directory(self.root, target, draw, new_names)
 
-    def _leave_folder(self, inode: int, target: Path, draw: random.Random | None, new_names: bool) -> None:
+    def _leave_directory(self, inode: int, target: Path, draw: random.Random | None, new_names: bool) -> None:
         target.mkdir()
-        for name, found in self._chosen(self.folders[inode], draw, new_names).items():
-            if found in self.folders:
-                self._leave_folder(found, target / name, draw, new_names)
+        for name, entry in self._surviving_names(self.directories[inode], draw, new_names).items():
+            if entry in self.directories:
+                self._leave_directory(entry, target / name, draw, new_names)
             else:
-                (target / name).write_bytes(_content(self.files.get(found, Content()), draw, new_names))
+                (target / name).write_bytes(_content(self.files.get(entry, Content()), draw, new_names))
 
-    def _chosen(self, names: Names, draw: random.Random | None, new_names: bool) -> dict[str, int]:
+    def _surviving_names(self, names: Names, draw: random.Random | None, new_names: bool) -> dict[str, int]:
         if draw is None:
             return names.now if new_names else names.synced
-        chosen = {}
+        surviving = {}
         for name in sorted(names.synced.keys() | names.now.keys()):
-            found = draw.choice((names.synced, names.now)).get(name)
-            if found is not None:
-                chosen[name] = found
+            inode = draw.choice((names.synced, names.now)).get(name)
+            if inode is not None:
+                surviving[name] = inode
         for name, inode in names.now.items():
-            if inode in names.synced.values() and inode not in chosen.values():
-                chosen[name] = inode
-        return chosen
+            if inode in names.synced.values() and inode not in surviving.values():
+                surviving[name] = inode
+        return surviving
 
 
 class Recorder(Seam):
-    """A disk that remembers what of the folder below `root` was synced, and takes a `Moment` before each call.
+    """A disk that records what is synced below `root`, and takes a `Moment` before each call.
 
-    Inside `with`, os.fsync is its own: what is synced by other ways than `Disk`, as by the reader of a dead attempt's
-    journal, counts as well. `reported` tells which rows have been reported as durable. `fail_from` is the number of the
-    first call that fails, and all later ones do: what was written by then is as a kill leaves it, in memory alone.
+    Within its context it replaces os.fsync, so that syncs that bypass `Disk` count as well, such as those by the reader
+    of an ended attempt's journal. From call number `fail_from` on, all calls fail: what was written by then is only in
+    memory, as after a kill.
+
+    Args:
+        root: The directory.
+        reported: Returns the rows reported as durable so far.
     """
 
     def __init__(self, root: Path, reported: Callable[[], Set[int]]) -> None:
@@ -119,7 +125,9 @@ class Recorder(Seam):
 
     def create(self, path: Path) -> int:
         fd = super().create(path)
-        self._open[os.fstat(fd).st_ino] = os.dup(fd)  # so that its inode's number stays its own once it is removed
+        self._open[os.fstat(fd).st_ino] = os.dup(
+            fd
+        )  # keeps the inode number from being reused after the file is removed
         return fd
 
     def sync(self, fd: int) -> None:
@@ -131,41 +139,41 @@ class Recorder(Seam):
         Disk.sync_directory(self, path)
 
     def take(self) -> Moment:
-        """The moment that is now."""
-        told = frozenset(self._reported())  # first: what is told later need not be there
-        folders: dict[int, Names] = {}
+        """Return the present moment."""
+        reported = frozenset(self._reported())  # first: rows reported later need not be there
+        directories: dict[int, Names] = {}
         files: dict[int, Content] = {}
 
-        def look(path: Path, inode: int) -> None:
-            names = folders[inode] = Names(dict(self._synced_names.get(inode, {})))
+        def scan(path: Path, inode: int) -> None:
+            names = directories[inode] = Names(dict(self._synced_names.get(inode, {})))
             for entry in os.scandir(path):
                 names.now[entry.name] = entry.inode()
                 if entry.is_dir():
-                    look(path / entry.name, entry.inode())
+                    scan(path / entry.name, entry.inode())
                 else:
                     files[entry.inode()] = Content(
                         self._synced_bytes.get(entry.inode(), b""), (path / entry.name).read_bytes()
                     )
 
-        look(self._root, self._root.stat().st_ino)
-        for names in list(folders.values()):  # files that have lost their names, the removal of which is not synced
+        scan(self._root, self._root.stat().st_ino)
+        for names in list(directories.values()):  # removed files whose removal is not synced
             for inode in names.synced.values():
-                if inode not in files and inode not in folders:
+                if inode not in files and inode not in directories:
                     files[inode] = Content(*[self._synced_bytes.get(inode, b"")] * 2)
-        return Moment(self._root.stat().st_ino, folders, files, told)
+        return Moment(self._root.stat().st_ino, directories, files, reported)
 
     def _sync(self, fd: int) -> None:
-        found = os.fstat(fd)
-        if stat.S_ISDIR(found.st_mode):
-            self._synced_names[found.st_ino] = {entry.name: entry.inode() for entry in os.scandir(fd)}
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            self._synced_names[status.st_ino] = {entry.name: entry.inode() for entry in os.scandir(fd)}
         else:
-            self._synced_bytes[found.st_ino] = Path(f"/proc/self/fd/{fd}").read_bytes()
+            self._synced_bytes[status.st_ino] = Path(f"/proc/self/fd/{fd}").read_bytes()
 
 
 def _content(file: Content, draw: random.Random | None, zeros: bool) -> bytes:
     if draw is None:
         return file.synced + bytes(len(file.now) - len(file.synced)) if zeros else file.synced
     added = file.now[len(file.synced) :]
-    there = draw.randint(0, len(added))
-    tail = bytes(draw.randint(0, len(added) - there)) if draw.random() < 0.5 else b""
-    return file.synced + added[:there] + tail
+    kept = draw.randint(0, len(added))
+    tail = bytes(draw.randint(0, len(added) - kept)) if draw.random() < 0.5 else b""
+    return file.synced + added[:kept] + tail

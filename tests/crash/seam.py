@@ -1,11 +1,10 @@
-"""Kills before, after and in the middle of any of the calls that an attempt makes to its disk.
+"""Kills before, after and in the middle of every call that an attempt makes to its disk.
 
     python -m tests.crash.seam SCRATCH [POINTS [SEED]]
 
-Runs as a process of its own, which has one thread and forks: a child for each attempt that is killed, and one for each
-look at what it left, so that hundreds of kills take seconds. POINTS: so many of all, drawn with SEED. Prints figures as
-JSON. The records, and the calls, are those of `ResultStore` alone; `campaign.py` and the tests of faults kill whole
-runs.
+Runs in its own process with one thread, which forks a child for each attempt to kill and one for each check of what it
+left, so that hundreds of kills take seconds. POINTS is a number of points to draw with SEED. Prints figures as JSON.
+Only `ResultStore` is exercised; `campaign.py` and the tests of faults kill whole runs.
 """
 
 from __future__ import annotations
@@ -31,20 +30,26 @@ from batchvl.results import Counts, ResultStore, merge
 from batchvl.results.record import to_batch
 from batchvl.storage.disk import Disk
 
-from ..results.samples import GUARD, options, sample
+from ..results.samples import RUN_FILE, options, sample
 from .disks import Killing, KillingNoLinks, NoLinks, Seam
 from .ledger import Ledger
 
 ROWS, PART_ROWS, COMMIT_ROWS = 24, 10, 4
 
 Point = tuple[bool, int, str, int]
-"""Whether there are hard links, the call's number or the write's, when, and which part of the write."""
+"""Whether there are hard links; number of the call or write; before, after or in the middle; part of the write."""
 
 
-def attempt(out: Path, disk: Disk, told: Callable[[Iterable[int]], None]) -> None:
-    """An attempt at all rows, and the merge: journals, parts, and every rename between. Tells which rows are durable.
+def attempt(out: Path, disk: Disk, report: Callable[[Iterable[int]], None]) -> None:
+    """Make an attempt at all rows, and merge: with journals, parts, and every rename in between.
 
-    Raises StoppedEarly, having given up the lock.
+    Args:
+        out: The output directory.
+        disk: The disk to use.
+        report: Called with the rows that have become durable.
+
+    Raises:
+        StoppedEarly: The disk failed; the lock is released.
     """
 
     async def write() -> None:
@@ -52,23 +57,23 @@ def attempt(out: Path, disk: Disk, told: Callable[[Iterable[int]], None]) -> Non
         committed = asyncio.Event()
 
         def on_commit(counts: Counts) -> None:
-            told(pending[: counts.rows])
+            report(pending[: counts.rows])
             del pending[: counts.rows]
             committed.set()
 
         small = options(commit_seconds=0.003, part_rows=PART_ROWS)
-        output = ResultStore.open(out, GUARD, options=small, on_commit=on_commit, disk=disk)
-        told(output.done)
+        output = ResultStore.open(out, RUN_FILE, options=small, on_commit=on_commit, disk=disk)
+        report(output.done)
         try:
             output.describe({"engine": "fake"})
             rows = list(output.done.missing(range(ROWS)))
-            for at in range(0, len(rows), COMMIT_ROWS):
+            for start in range(0, len(rows), COMMIT_ROWS):
                 committed.clear()
-                for row in rows[at : at + COMMIT_ROWS]:
+                for row in rows[start : start + COMMIT_ROWS]:
                     pending.append(row)
                     output.add(sample(row))
                 while not committed.is_set():
-                    await output.wait_for_capacity()  # which tells of a failure
+                    await output.wait_for_capacity()  # raises if the writer has failed
                     await asyncio.sleep(0)
         except BaseException:
             with suppress(StoppedEarly):
@@ -80,22 +85,22 @@ def attempt(out: Path, disk: Disk, told: Callable[[Iterable[int]], None]) -> Non
     merge(out, disk=disk)
 
 
-def look(out: Path, told: Set[int], disk: Disk) -> None:
-    """What was told is there; the same again goes on, and all is right. Raises AssertionError."""
-    ledger = Ledger(out, GUARD.schema)
-    found = ledger.rows() if (out / "run.json").exists() else {}
-    assert told <= found.keys(), f"told of {sorted(told)}; there are {sorted(found)}"
-    if found:
+def check(out: Path, reported: Set[int], disk: Disk) -> None:
+    """Check that reported rows are there, then resume and check all results. Raises AssertionError."""
+    ledger = Ledger(out, RUN_FILE.schema)
+    rows = ledger.rows() if (out / "run.json").exists() else {}
+    assert reported <= rows.keys(), f"reported {sorted(reported)}, found {sorted(rows)}"
+    if rows:
         ledger.check(out.parent)
     attempt(out, disk, lambda rows: None)
     ledger.check(out.parent)
     table = pq.read_table(out / "results.parquet")
-    expected = to_batch([sample(row) for row in range(ROWS)], GUARD.schema)
+    expected = to_batch([sample(row) for row in range(ROWS)], RUN_FILE.schema)
     assert table.equals(pa.Table.from_batches([expected]))
 
 
 def forked(work: Callable[[], None]) -> int:
-    """How a child ends that does this: 0, 1 where it raised, or minus the signal that killed it."""
+    """Do the work in a forked child; return 0, 1 if it raised, or minus the signal that killed it."""
     child = os.fork()
     if child == 0:
         try:
@@ -108,38 +113,38 @@ def forked(work: Callable[[], None]) -> int:
 
 
 class Series:
-    """One point after the other, each in a folder of its own."""
+    """Kills at one point after another, each in a new directory."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
         self.figures: Counter[str] = Counter()
 
     def points(self) -> list[Point]:
-        """All there are, which an attempt that nobody kills tells."""
-        found: list[Point] = []
+        """Return all points, counted in an undisturbed attempt."""
+        points: list[Point] = []
         for links in (True, False):
             names = self._calls(links)
             self.figures["calls" if links else "calls without hard links"] = len(names)
             for call in range(1, len(names) + 1):
-                found += [(links, call, "before", 0), (links, call, "after", 0)]
+                points += [(links, call, "before", 0), (links, call, "after", 0)]
             for write in range(1, names.count("write") + 1):
-                found += [(links, write, "middle", part) for part in (2, 10**9)]
-        return found
+                points += [(links, write, "middle", part) for part in (2, 10**9)]
+        return points
 
     def _calls(self, links: bool) -> list[str]:
-        out, told = self._scratch / "counted", self._scratch / "names"
+        out, names = self._scratch / "counted", self._scratch / "names"
 
         def count() -> None:
             disk = Seam() if links else NoLinks()
             attempt(out, disk, lambda rows: None)
-            told.write_text(" ".join(disk.names))
+            names.write_text(" ".join(disk.names))
 
         assert forked(count) == 0
         shutil.rmtree(out)
-        return told.read_text().split()
+        return names.read_text().split()
 
     def kill(self, point: Point) -> None:
-        """Kills an attempt there, then has another go on. Raises AssertionError; the folder stays where it is then."""
+        """Kill an attempt at the point, then resume it. Raises AssertionError, in which case the directory is kept."""
         links, call, when, part = point
         out = self._scratch / "{}-{}-{}-{}".format("links" if links else "none", call, when, part)
         receive, send = os.pipe()
@@ -151,14 +156,14 @@ class Series:
         code = forked(work)
         os.close(send)
         with os.fdopen(receive, "rb") as pipe:
-            told = set(pipe.read())
-        if code == 0:  # it took fewer calls than when they were counted: some depend on when the writer's thread wakes
+            reported = set(pipe.read())
+        if code == 0:  # fewer calls than when they were counted: some depend on the timing of the writer's thread
             self.figures["missed"] += 1
         else:
             assert code == -signal.SIGKILL, f"{point}: ended with {code}"
             self.figures["kills in the middle of a write" if when == "middle" else f"kills {when} a call"] += 1
-        code = forked(lambda: look(out, told, Seam() if links else NoLinks()))
-        assert code == 0, f"{point}: {out} is not as it must be: see above"
+        code = forked(lambda: check(out, reported, Seam() if links else NoLinks()))
+        assert code == 0, f"{point}: {out}: see the failed check above"
         shutil.rmtree(out)
 
 

@@ -1,4 +1,4 @@
-"""An arena of eight blocks, 2,000 rows, rows aborted, workers and engines killed: nothing swapped, nobody left."""
+"""2,000 rows through arenas of eight blocks, with aborted rows and killed workers and engines: no image is swapped."""
 
 import hashlib
 import random
@@ -16,7 +16,7 @@ import batchvl
 from batchvl.engines.fake import THUMBNAIL_SIDE
 
 ROWS = 2_000
-EIGHT_BLOCKS = 2 * 8 * 64 * 1024  # of each of the two arenas, for encoded pictures and for tensors
+EIGHT_BLOCKS = 2 * 8 * 64 * 1024  # each of the two arenas, for encoded images and for tensors
 
 
 def digest(colour):
@@ -24,19 +24,19 @@ def digest(colour):
 
 
 def children(name):
-    found = []
+    matching = []
     for child in psutil.Process().children(recursive=True):
         try:
             if name in " ".join(child.cmdline()):
-                found.append(child)
+                matching.append(child)
         except psutil.NoSuchProcess:
             pass
-    return found
+    return matching
 
 
 @pytest.mark.crash
 @pytest.mark.timeout(400)
-def test_no_row_ever_sees_anothers_picture(tmp_path):
+def test_no_row_ever_sees_another_row_s_image(tmp_path):
     rng = random.Random(3)
     colours = [(i % 256, i // 256, 99) for i in range(600)]
     for i, colour in enumerate(colours):
@@ -45,9 +45,9 @@ def test_no_row_ever_sees_anothers_picture(tmp_path):
     rows, expected = [], []
     for row in range(ROWS):
         chosen = [rng.randrange(600) for _ in range(rng.choice((1, 1, 2)))]
-        # By path and by bytes: the second way has the pictures' bytes in an arena as well.
-        pictures = [{"bytes": inline[i] if rng.random() < 0.5 else None, "path": f"{i}.png"} for i in chosen]
-        rows.append({"prompt": f"row {row}", "images": pictures})
+        # By path or by bytes; bytes pass through an arena as well.
+        images = [{"bytes": inline[i] if rng.random() < 0.5 else None, "path": f"{i}.png"} for i in chosen]
+        rows.append({"prompt": f"row {row}", "images": images})
         expected.append(" ".join([f"row {row}", *(digest(colours[i]) for i in chosen)]))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
     before = {child.pid for child in psutil.Process().children(recursive=True)}
@@ -72,10 +72,16 @@ def test_no_row_ever_sees_anothers_picture(tmp_path):
         killing = killer.submit(kill)
         try:
             summary = batchvl.run(
-                str(tmp_path / "m.parquet"), engine="fake", quiet=True, arena_bytes=EIGHT_BLOCKS, batch_size=3,
-                engine_option=("delay=0.002", "spread=0.02", "slow_every=97"), row_timeout=0.5, image_workers=2,
+                str(tmp_path / "m.parquet"),
+                engine="fake",
+                quiet=True,
+                arena_bytes=EIGHT_BLOCKS,
+                batch_size=3,
+                engine_option=("delay=0.002", "spread=0.02", "slow_every=97"),
+                row_timeout=0.5,
+                image_workers=2,
                 retries=0,
-            )  # fmt: skip
+            )
         finally:
             done.set()
         killing.result()

@@ -1,4 +1,4 @@
-"""Kills between any two calls of journal, part and rename, and in the middle of a write."""
+"""Kills between any two calls to the disk for journals, parts and renames, and in the middle of a write."""
 
 import json
 import subprocess
@@ -11,13 +11,16 @@ from ..runner.running import environment
 
 
 def kill(scratch: Path, *arguments: str) -> dict[str, int]:
-    """The figures of `seam.py`, which looks at what each kill leaves."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.crash.seam", str(scratch), *arguments], capture_output=True, text=True,
-        cwd=Path(__file__).parents[2], env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """Run `seam.py`, which checks what each kill leaves, and return its figures."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.crash.seam", str(scratch), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment(),
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
 def test_some_calls(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """`batchvl run` on a disk that kills or fails: python -m tests.crash.victim DISK MANIFEST OPTIONS
 
-DISK is for `disk_of`; OPTIONS are those of `batchvl.run`, as JSON as well. Standard output tells how many rows have
-been committed so far, and at the end how many calls the disk had. With {"names": 17, "code": "ENOSPC"} in place of
-DISK, it is the 17th and all later attempts of the runner to open a file of the output folder for writing, or to make
-or rename one, that fail: what does not go through `Disk`, such as logs, included.
+DISK is JSON for `disk_of`; OPTIONS are those of `batchvl.run` as JSON. Standard output has the number of committed rows
+after each commit and, at the end, the number of calls to the disk. With {"names": 17, "code": "ENOSPC"} as DISK, the
+runner's 17th and all later attempts to open a file in the output directory for writing, or to create or rename one,
+fail, including those that bypass `Disk`, such as logs.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def main() -> int:
     return summary.exit_code
 
 
-def refuse_names(folder: str, at: int, code: str) -> None:
-    """Has the process fail when it makes a name in the folder for the `at`-th time, and from then on."""
+def refuse_names(directory: str, at: int, code: str) -> None:
+    """Let the `at`-th and all later attempts of this process to create a name in the directory fail."""
     number = getattr(errno, code)
-    counted = itertools.count(1)
+    attempts = itertools.count(1)
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -62,7 +62,7 @@ def refuse_names(folder: str, at: int, code: str) -> None:
             path = arguments[0 if event == "os.mkdir" else 1]
         else:
             return
-        if not isinstance(path, int) and os.fsdecode(path).startswith(folder) and next(counted) >= at:
+        if not isinstance(path, int) and os.fsdecode(path).startswith(directory) and next(attempts) >= at:
             raise OSError(number, os.strerror(number), path)
 
     sys.addaudithook(audit)

@@ -1,8 +1,8 @@
-"""Wall clocks that jump, in a process that has this folder in its PYTHONPATH: Python imports this module at its start.
+"""A wall clock that jumps, in every process with this directory in its PYTHONPATH: Python imports this module at start.
 
-The kernel's clock is everybody's, and a time namespace has no wall clock of its own. So Python's ways to ask for the
-time are shifted here, in the runner and all that it starts, by hours at a time, to and fro. Monotonic clocks go on as
-they do in reality.
+The kernel's clock is shared by all processes, and a time namespace has no wall clock of its own. So Python's functions
+for the wall clock are shifted here, in the runner and all processes that it starts, back and forth by hours. Monotonic
+clocks are unaffected.
 """
 
 import datetime
@@ -13,7 +13,7 @@ _HOURS = (5, -7, 3, -24, 48, -1)
 
 
 def _shift() -> float:
-    """Another one every 50 ms."""
+    """Return a shift that changes every 50 ms."""
     return 3600.0 * _HOURS[int(_monotonic() * 20) % len(_HOURS)]
 
 
