@@ -75,11 +75,6 @@ class Writer:
         self._full: deque[tuple[int, int]] = deque()  # numbers and rows of full segments
         self._conversion: Iterator[Counts | None] | None = None
 
-    @property
-    def uncommitted_bytes(self) -> int:
-        """Bytes that were added and not reported as committed."""
-        return self._uncommitted
-
     def add(self, record: Record) -> None:
         """Add a record. Takes microseconds and never waits. Raises the writer's failure."""
         if self._failure:
