@@ -44,7 +44,7 @@ def _no_gpu(error: NoGpu, environment: Mapping[str, str]) -> tuple[Finding, bool
     if "version mismatch" in str(error):
         advice = "the driver was updated while the system was running: restart the machine"
     elif "no NVIDIA driver" in str(error) and Path("/dev/nvidiactl").exists():
-        text = "nvidia-smi is not installed, but the driver's device files exist"
+        text = "NVML (libnvidia-ml.so.1) is not installed, but the driver's device files exist"
         advice = "in a container, for more details, set:\n  NVIDIA_DRIVER_CAPABILITIES=compute,utility"
         return Finding("warn", "GPU", text, advice), True
     elif "SLURM_JOB_ID" in environment:

@@ -1,26 +1,27 @@
-"""The GPUs of this machine, as nvidia-smi reports them (without torch), and which of them each replica uses."""
+"""The GPUs of this machine, as NVIDIA's driver reports them (without torch), and which of them each replica uses."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from ..config.options import RunOptions
 from ..errors import OptionError
 from .commands import run_command
-from .slurm import MIB
 
 QUERY_SECONDS = 30.0
-"""Time limit of nvidia-smi. Without its persistence daemon, the driver needs seconds to initialise many GPUs."""
+"""Time limit of the driver's answer. Without the persistence daemon, initialising many GPUs takes seconds."""
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
-_FIELDS = "index,uuid,name,driver_version,memory.total,memory.free,mig.mode.current"
 _DEV = Path("/dev")
+_NVML = Path(__file__).with_name("nvml.py")
 
 
 class NoGpu(Exception):
@@ -28,7 +29,7 @@ class NoGpu(Exception):
 
 
 class DriverHangs(NoGpu):
-    """nvidia-smi did not answer, so that nothing is known about the GPUs."""
+    """The driver did not answer, so that nothing is known about the GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,42 +58,29 @@ class Gpu:
         return bool(self.total and self.free is not None and not self.mig and self.free < 0.9 * self.total)
 
 
+class _Answer(msgspec.Struct):
+    gpus: list[Gpu] = []
+    error: str = ""
+
+
 def list_gpus(timeout: float = QUERY_SECONDS) -> list[Gpu]:
     """Return all GPUs of this machine or container, whatever CUDA_VISIBLE_DEVICES says.
 
     Raises:
         NoGpu: There is none.
-        DriverHangs: nvidia-smi did not answer within `timeout` seconds.
+        DriverHangs: The driver did not answer within `timeout` seconds.
     """
     try:
-        code, output = run_command(["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"], timeout)
-    except FileNotFoundError:
-        raise NoGpu("no NVIDIA driver: nvidia-smi is not installed") from None
-    except TimeoutError as error:
-        raise DriverHangs(str(error)) from None
-    except OSError as error:
-        raise NoGpu(f"cannot start nvidia-smi: {error.strerror}") from None
-    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines()]
-    rows = [row for row in rows if len(row) == 7 and row[0].isdigit()]
-    if not rows:
-        message = " ".join(output.split())
-        raise NoGpu(f"nvidia-smi: {message[:200] or f'no output, exit code {code}'}")
-    users = _users(timeout)
-    slices = _slices(timeout) if any(row[6] == "Enabled" for row in rows) else {}
-    return [
-        Gpu(
-            int(index),
-            uuid,
-            name,
-            driver,
-            _bytes(total),
-            _bytes(free),
-            mig == "Enabled",
-            slices.get(uuid, ()),
-            users.get(uuid, ()),
-        )
-        for index, uuid, name, driver, total, free, mig in rows
-    ]
+        code, output = run_command([sys.executable, "-P", str(_NVML)], timeout)
+    except TimeoutError:
+        raise DriverHangs(f"the NVIDIA driver did not answer within {timeout:g} s") from None
+    lines = [line for line in output.splitlines() if line.strip()]
+    if code or not lines:
+        raise NoGpu(f"cannot ask the NVIDIA driver: {lines[-1][:200] if lines else f'exit code {code}'}")
+    answer = msgspec.json.decode(lines[-1], type=_Answer)
+    if answer.error:
+        raise NoGpu(answer.error)
+    return answer.gpus
 
 
 def parse_visible_devices(environment: Mapping[str, str] = os.environ) -> list[str] | None:
@@ -197,42 +185,3 @@ def _is_named(gpu: Gpu, name: str) -> bool:
     if name.startswith("MIG-"):  # the UUID of a slice does not tell which GPU it is part of
         return gpu.mig
     return gpu.index == int(name) if name.isdecimal() else gpu.uuid.startswith(name)
-
-
-def _users(timeout: float) -> dict[str, tuple[str, ...]]:
-    """Return the processes of each GPU, by its UUID."""
-    users: dict[str, tuple[str, ...]] = {}
-    query = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name", "--format=csv,noheader"]
-    for line in _lines(query, timeout):
-        uuid, _, rest = line.partition(", ")
-        pid, _, name = rest.partition(", ")
-        if pid.isdigit():
-            program = "" if name.startswith("[") else os.path.basename(name.split(" ")[0])
-            users[uuid] = (*users.get(uuid, ()), f"{program or 'a process'} (pid {pid})")
-    return users
-
-
-def _slices(timeout: float) -> dict[str, tuple[str, ...]]:
-    """Return the MIG profiles of each GPU, by its UUID."""
-    slices: dict[str, tuple[str, ...]] = {}
-    uuid = ""
-    for line in _lines(["nvidia-smi", "-L"], timeout):
-        if gpu := re.match(r"GPU \d+: .*\(UUID: (\S+)\)", line):
-            uuid = gpu[1]
-        elif mig := re.match(r"\s+MIG (\S+)\s+Device", line):
-            slices[uuid] = (*slices.get(uuid, ()), mig[1])
-    return slices
-
-
-def _lines(command: list[str], timeout: float) -> Iterator[str]:
-    try:
-        code, output = run_command(command, timeout)
-    except OSError:
-        return
-    if code == 0:
-        yield from output.splitlines()
-
-
-def _bytes(mib: str) -> int | None:
-    """Return the bytes of an amount that nvidia-smi writes in MiB, or None for "[N/A]" and the like."""
-    return int(mib) * MIB if mib.isdigit() else None
