@@ -63,9 +63,12 @@ def shell(arguments: Sequence[str], **settings: Any) -> subprocess.CompletedProc
 
 
 def on_a_terminal(
-    arguments: Sequence[str], lines: int = 30, columns: int = 110, wanted: bytes = b"",
+    arguments: Sequence[str],
+    lines: int = 30,
+    columns: int = 110,
+    wanted: bytes = b"",
     then: Callable[[subprocess.Popen[bytes]], object] | None = None,
-) -> tuple[int, str]:  # fmt: skip
+) -> tuple[int, str]:
     """Run a command on a terminal. Return its exit code and all its output.
 
     `then` is called once with the process, when `wanted` has appeared.
@@ -75,7 +78,7 @@ def on_a_terminal(
     plain = {name: text for name, text in environment().items() if name not in ("COLUMNS", "LINES")}
     with subprocess.Popen(
         arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=plain
-    ) as process:  # fmt: skip
+    ) as process:
         os.close(theirs)
         shown = b""
         while True:

@@ -107,9 +107,15 @@ def test_every_row_gets_its_own_correct_answer(tmp_path):
         rng.shuffle(order)
         pq.write_table(pa.Table.from_pylist([rows[i] for i in order]), tmp_path / "m.parquet")
         summary = batchvl.run(
-            str(tmp_path / "m.parquet"), model="shapes", engine="transformers", quiet=True, number_images=True,
-            allow_private="127.0.0.0/8", batch_size=16, max_new_tokens=48,
-        )  # fmt: skip
+            str(tmp_path / "m.parquet"),
+            model="shapes",
+            engine="transformers",
+            quiet=True,
+            number_images=True,
+            allow_private="127.0.0.0/8",
+            batch_size=16,
+            max_new_tokens=48,
+        )
     assert summary.exit_code == 0, summary
     results = pq.read_table(summary.results).to_pylist()
     assert [r["id"] for r in results] == [f"row {i}" for i in order]

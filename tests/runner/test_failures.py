@@ -45,8 +45,14 @@ def bad(tmp_path):
     manifest = write(tmp_path / "m.jsonl", rows)
     write_bytes(manifest, manifest.read_bytes() + b'{"prompt": "a line that ends here\n')
     wanted = [
-        *images, "missing_prompt", "image_count_mismatch", "invalid_row", "invalid_generation", None, "invalid_row"
-    ]  # fmt: skip
+        *images,
+        "missing_prompt",
+        "image_count_mismatch",
+        "invalid_row",
+        "invalid_generation",
+        None,
+        "invalid_row",
+    ]
     return manifest, {number: code for number, code in enumerate(wanted, 4) if code}
 
 

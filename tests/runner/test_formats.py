@@ -60,9 +60,12 @@ def test_images_as_bytes_and_a_prompt_from_columns(rows, tmp_path):
     for row in rows:
         file = tmp_path / row["photo"]
         row["photo"] = {"bytes": file.read_bytes(), "path": file.name}
-    summary = run(write(tmp_path / "m.parquet", rows), prompt="{site}: {question}", prompt_column="key", **{
-        name: value for name, value in MAPPED.items() if name != "prompt_column"
-    })  # fmt: skip
+    summary = run(
+        write(tmp_path / "m.parquet", rows),
+        prompt="{site}: {question}",
+        prompt_column="key",
+        **{name: value for name, value in MAPPED.items() if name != "prompt_column"},
+    )
     wanted = [f"s{n % 3}: what is {n}? {image_digest(tmp_path / f'images/{n}.png')}" for n in range(ROWS)]
     assert responses(summary) == wanted
 

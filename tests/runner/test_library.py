@@ -37,8 +37,11 @@ def test_a_script_without_a_guard(tmp_path):
     done = shell([sys.executable, "script.py"], cwd=tmp_path)
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
-        "imported __main__", "Summary 5 0 m-batchvl/results.parquet", "left []", "False False"
-    ]  # fmt: skip
+        "imported __main__",
+        "Summary 5 0 m-batchvl/results.parquet",
+        "left []",
+        "False False",
+    ]
 
 
 async def test_inside_a_running_loop_as_in_a_notebook(tmp_path):

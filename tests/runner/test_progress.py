@@ -63,10 +63,17 @@ def test_the_summary_is_the_same_everywhere(shard, tmp_path):
     rows = 100 if shard == "0/1" else 50
     failures = {"engine_error": 4 if shard == "0/1" else 2, "engine_crashed": 1}
     for name, value in {
-        "rows": rows, "ok": rows - sum(failures.values()), "failures": failures, "failed": sum(failures.values()),
-        "exit_code": 3, "resumed": 0, "expected": rows, "engine_deaths": summary.engine_deaths,
-        "results": summary.results, "message": summary.message,
-    }.items():  # fmt: skip
+        "rows": rows,
+        "ok": rows - sum(failures.values()),
+        "failures": failures,
+        "failed": sum(failures.values()),
+        "exit_code": 3,
+        "resumed": 0,
+        "expected": rows,
+        "engine_deaths": summary.engine_deaths,
+        "results": summary.results,
+        "message": summary.message,
+    }.items():
         assert getattr(summary, name) == value
         assert written[name] == value, name
     assert written["engine"]["engine"] == "fake"

@@ -65,7 +65,7 @@ def test_options(tmp_path):
     manifest = write(tmp_path / "m.parquet", GOOD)
     refused(manifest, OptionError, "'velocity'", velocity=3)
     refused(manifest, OptionError, "--limit", "0", limit=0)
-    refused(manifest, OptionError, "'lots'", "rows (100)", accept_failures="lots")
+    refused(manifest, OptionError, "'lots'", "a number (100)", accept_failures="lots")
     refused(manifest, OptionError, "--max-failures", "'-3'", max_failures="-3")
     refused(manifest, OptionError, "5/5", "0 <= I < N", shard="5/5")
     refused(manifest, OptionError, "no/where.toml", config="no/where.toml")

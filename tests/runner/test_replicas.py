@@ -56,9 +56,11 @@ def test_one_is_killed_during_the_run(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 600)
     flags = ("--gpus", "3", "--batch-size", "4")
     with subprocess.Popen(
-        command(manifest, *flags, fake={"delay": 0.1, "start_delay": 0.3}), env=environment(), stderr=subprocess.PIPE,
+        command(manifest, *flags, fake={"delay": 0.1, "start_delay": 0.3}),
+        env=environment(),
+        stderr=subprocess.PIPE,
         text=True,
-    ) as process:  # fmt: skip
+    ) as process:
         wait_until(lambda: journalled(tmp_path / "m-batchvl") and len(engines(process.pid)) == 3)
         os.kill(engines(process.pid)[1].pid, signal.SIGKILL)
         output = process.communicate(timeout=PATIENCE)[1]
@@ -105,7 +107,7 @@ def test_engines_that_always_die_end_the_run(tmp_path):
 
 def test_impossible_options_are_refused_before_anything_is_written(tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 3)
-    with pytest.raises(OptionError, match="--device cpu names one device"):
+    with pytest.raises(OptionError, match="--device cpu, which names one device"):
         run(manifest, gpus=2, device="cpu")
     with pytest.raises(OptionError, match="no such thing"):
         run(manifest, {"refuse": "no such thing"}, gpus=3)

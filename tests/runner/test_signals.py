@@ -37,9 +37,13 @@ class Running:
 
     def __init__(self, arguments, **settings):
         self.process = subprocess.Popen(
-            arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, bufsize=1,
+            arguments,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            bufsize=1,
             **{"env": environment(), **settings},
-        )  # fmt: skip
+        )
         self.output = ""
 
     def wait_for(self, text):
