@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineLost, EngineUnavailable, OptionError
+from ...hardware.gpus import VISIBLE_DEVICES, parse_visible_devices
 from ...images.preparation import PreparationSpec
 from ...ipc.arena import ArenaView
 from ...types import Request, Response
@@ -242,9 +243,8 @@ def restrict_to_device(device: str, tp: int) -> None:
         raise OptionError(
             f"--device {device} names one GPU, but --tp {tp} needs several; choose them with CUDA_VISIBLE_DEVICES"
         )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if visible is None else [name for name in visible.split(",") if name.strip()]
-    index = int(number[1])
+    names, index = parse_visible_devices(), int(number[1])
     if names is not None and index >= len(names):
-        raise OptionError(f"--device {device}: CUDA_VISIBLE_DEVICES={visible} leaves {len(names)} GPUs, from cuda:0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = names[index] if names is not None else str(index)
+        visible = os.environ[VISIBLE_DEVICES]
+        raise OptionError(f"--device {device}: {VISIBLE_DEVICES}={visible} leaves {len(names)} GPUs, from cuda:0")
+    os.environ[VISIBLE_DEVICES] = names[index] if names is not None else str(index)
