@@ -58,8 +58,8 @@ def test_quiet_prints_nothing(tmp_path):
 def test_the_summary_is_the_same_everywhere(shard, tmp_path):
     manifest = questions(tmp_path / "m.jsonl", 100)
     summary = run(manifest, {"fail_every": 25, "die_on": [60]}, shard=shard, batch_size=4)
-    folder = Path(summary.output) / ("shard-00001-of-00002" if shard == "1/2" else "")
-    written = json.loads((folder / "summary.json").read_text())
+    directory = Path(summary.output) / ("shard-00001-of-00002" if shard == "1/2" else "")
+    written = json.loads((directory / "summary.json").read_text())
     rows = 100 if shard == "0/1" else 50
     failures = {"engine_error": 4 if shard == "0/1" else 2, "engine_crashed": 1}
     for name, value in {

@@ -62,7 +62,7 @@ async def ask(engine: ReplicaPool, *rows: int) -> list[Response | BaseException]
 
 
 async def eventually(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds. The test's time limit ends a wait in vain."""
+    """Wait until a condition holds, or the test's time limit ends it."""
     while not condition():
         await asyncio.sleep(0.005)
 
