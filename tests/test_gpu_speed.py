@@ -22,6 +22,9 @@ from benchmarks.images import numbered, photographs
 from benchmarks.measure import Result, child_environment, killed_after, option_flags, option_values
 from benchmarks.meter import Meter
 from benchmarks.scenarios import LARGE, QUESTIONS, SCENARIOS, SMALL
+from tests.hardware.driver import install_driver
+
+from .hardware.driver import install_driver
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,11 +138,7 @@ def fake_nvidia_smi(directory, monkeypatch):
     """Put an nvidia-smi with one busy GPU on the PATH."""
     directory.mkdir()
     smi = directory / "nvidia-smi"
-    smi.write_text(
-        '#!/bin/sh\ncase "$*" in\n'
-        '*mig.mode*) echo "0, GPU-0, no GPU, 1.0, 1000, 900, [N/A]" ;;\n'
-        '*utilization*) echo "90, 1024" ;;\nesac\n'
-    )
+    smi.write_text('#!/bin/sh\ncase "$*" in\n*utilization*) echo "90, 1024" ;;\nesac\n')
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -246,6 +245,7 @@ def without_gpu(tmp_path, monkeypatch, **behaviour):
     from tests.engines import cpu_core
 
     fake_nvidia_smi(tmp_path / "bin", monkeypatch)
+    install_driver(tmp_path / "driver", monkeypatch, "gpu GPU-0 1000 900 -1 no GPU")
     core = cpu_core.with_cpu_core(tmp_path / "core", whole=True, **behaviour)
     (tmp_path / "core" / "sitecustomize.py").write_text(
         "import sys\n"

@@ -1,10 +1,10 @@
 """`batchvl doctor`: each check on simulated machines (programs on PATH, packages on PYTHONPATH), then on this one."""
 
+import functools
 import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +20,8 @@ from batchvl.doctor.machine import check_slurm
 from batchvl.engines.probe import Facts, Probe
 from batchvl.engines.registry import LIBRARIES
 from batchvl.hardware.gpus import DriverHangs, list_gpus
+
+from ..hardware.driver import install_driver
 
 ONE = "gpu GPU-aaaa 143771 143160 0 NVIDIA H200"
 TWO = f"{ONE}\ngpu GPU-bbbb 143771 12288 0 NVIDIA H200"
@@ -42,26 +44,15 @@ def program(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def nvml(tmp_path_factory):
-    """Return a directory with a libnvidia-ml.so.1 that simulates a machine (nvml.c)."""
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc to compile a simulated libnvidia-ml.so.1")
-    directory = tmp_path_factory.mktemp("nvml")
-    source, library = Path(__file__).with_name("nvml.c"), directory / "libnvidia-ml.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    return directory
+def library(tmp_path_factory):
+    """Return the directory of the simulated driver's library."""
+    return tmp_path_factory.mktemp("nvml")
 
 
 @pytest.fixture
-def driver(nvml, tmp_path, monkeypatch, program):
-    """Return a function that simulates an NVIDIA driver with the given facts, one a line."""
-
-    def make(*facts):
-        (tmp_path / "driver").write_text("".join(f"{fact}\n" for fact in facts))
-        monkeypatch.setenv("FAKE_NVML", str(tmp_path / "driver"))
-        monkeypatch.setenv("LD_LIBRARY_PATH", str(nvml))
-
-    return make
+def driver(library, monkeypatch, program):
+    """Return a function that simulates an NVIDIA driver with the given facts."""
+    return functools.partial(install_driver, library, monkeypatch)
 
 
 @pytest.fixture
