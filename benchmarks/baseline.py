@@ -90,7 +90,7 @@ def load(options: dict[str, Any]) -> Any:
     backend = spec.flags["backend"]
     try:
         resolved = ResolvedModel(spec)
-        resolved.wait()
+        resolved.wait_for_memory()
     except UsageError as error:
         sys.exit(str(error))
     pipe = lmdeploy.pipeline(spec.model, backend_config=resolved.config)

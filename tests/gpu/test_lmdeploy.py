@@ -341,7 +341,7 @@ def test_an_engine_whose_memory_grows_is_restarted(tmp_path: Path) -> None:
     assert run.right() == 6000
     assert run.summary["engine_restarts"] >= 1
     assert run.summary["engine_deaths"] == 0
-    assert "note: the engine holds" in run.output
+    assert "(--engine-memory): restarting it" in run.output
 
 
 def test_rows_about_the_same_images_share_turbomind_s_prefix_cache(tmp_path: Path) -> None:
