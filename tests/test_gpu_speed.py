@@ -22,7 +22,6 @@ from benchmarks.images import numbered, photographs
 from benchmarks.measure import Result, child_environment, killed_after, option_flags, option_values
 from benchmarks.meter import Meter
 from benchmarks.scenarios import LARGE, QUESTIONS, SCENARIOS, SMALL
-from tests.hardware.driver import install_driver
 
 from .hardware.driver import install_driver
 
