@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Run:
         command += ["run", str(manifest), "--engine", "lmdeploy", "-o", str(out)]
         command += ["--image-root", str(SHAPES.parent)]
         self._log = out.with_name(out.name + ".log")
+        self._journals: dict[str, int] = {}
         with self._log.open("w") as file:
             self.process = subprocess.Popen([*command, *arguments], stderr=file)
 
@@ -73,6 +74,21 @@ class Run:
             assert self.process.poll() is None, self.output
             assert time.monotonic() < end, self.output
             time.sleep(0.1)
+
+    def wait_for_rows(self, seconds: float = 120) -> None:
+        """Wait until the run has committed rows since this call."""
+        before, end = self._saved_bytes(), time.monotonic() + seconds
+        while self._saved_bytes() < before + 4096:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, self.output
+            time.sleep(0.01)
+
+    def _saved_bytes(self) -> int:
+        """Return the size of all journals: of those that are there, and of those that have become parts."""
+        for path in self.out.rglob("journal-*.log"):
+            with suppress(FileNotFoundError):
+                self._journals[path.name] = path.stat().st_size
+        return sum(self._journals.values())
 
     @property
     def output(self) -> str:
@@ -191,7 +207,7 @@ def test_only_rows_past_their_timeout_are_aborted(tmp_path: Path, backend: str) 
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("\n".join(map(json.dumps, lines)))
     options = ("--batch-size", "8", "--engine-option", "max_batch_size=2", "--cache-max-entry-count", "0.1")
-    options += ("--row-timeout", "2", "--retries", "0")
+    options += ("--row-timeout", "1", "--retries", "0")  # 4,000 tokens take longer than that, even alone
     run = Run(tmp_path / "out", "--model", str(model), "--backend", backend, *options, manifest=manifest).wait()
     rows = run.rows()
     codes = Counter(row["error"]["code"] if row["error"] else "ok" for row in rows)
@@ -237,17 +253,17 @@ def test_settings_reach_the_engine(tmp_path: Path) -> None:
 
 
 def test_a_hanging_engine_is_replaced(tmp_path: Path) -> None:
-    manifest = questions(tmp_path / "m.jsonl", 1200)
-    run = Run(tmp_path / "out", "--model", "shapes", "--hang-timeout", "8", *SMALL, manifest=manifest)
+    manifest = questions(tmp_path / "m.jsonl", 4000)
+    options = ("--model", "shapes", "--hang-timeout", "8", "--commit-seconds", "0.05", *SMALL)
+    run = Run(tmp_path / "out", *options, manifest=manifest)
     engine = run.engine()
-    run.wait_for(ENGINE_UP)
-    time.sleep(2)
+    run.wait_for_rows()
     engine.send_signal(signal.SIGSTOP)
     run.wait()
     assert run.code == 0
     assert run.summary["engine_deaths"] == 1
     assert "the engine hangs" in run.output
-    assert run.right() == 1200
+    assert run.right() == 4000
 
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
@@ -257,10 +273,11 @@ def test_a_killed_run_is_resumed_by_the_same_command(tmp_path: Path, backend: st
     arguments = ("--model", "shapes", "--backend", backend, *SMALL, "--part-rows", "300", "--commit-seconds", "0.05")
     for moment in ("starting", "answering", "answering"):
         run = Run(tmp_path / "out", *arguments, manifest=manifest)
-        if moment == "answering":
-            run.wait_for(ENGINE_UP)
         engine = run.engine()
-        time.sleep(2)
+        if moment == "answering":
+            run.wait_for_rows()
+        else:
+            time.sleep(2)  # into the loading of the model, which takes longer
         descendants = psutil.Process(run.process.pid).children(recursive=True)
         assert engine in descendants
         run.process.kill()
