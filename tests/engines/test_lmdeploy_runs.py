@@ -197,6 +197,7 @@ def test_an_engine_that_fails_in_every_way_is_replaced_and_every_row_is_answered
     log = read_engine_logs(out)
     assert "unhealthy, as configured" in log
     assert "LMDeploy's engine is gone" in log
+    assert "Event loop is closed" not in log, "the rows in flight of an engine that is gone bury the reason"
     assert "in async_stream_infer" in log, "the stack of the blocked event loop"
     assert max(request["in_flight"] for request in read_requests(record)) <= cpu_core.ROWS
 

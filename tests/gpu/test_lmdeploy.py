@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,18 @@ def questions(path: Path, rows: int, **columns: Any) -> Path:
 
 
 @contextmanager
-def occupy_gpu(gibibytes_left: float) -> Iterator[None]:
-    """Let another process allocate the GPU's memory except for `gibibytes_left`."""
+def gpu_occupant() -> Iterator[Callable[[float], None]]:
+    """Start a process that allocates the GPU's memory except for some GiB when told to, and frees it at the end.
+
+    It imports torch beforehand, which takes longer than a short run.
+    """
     script = (
         "import sys, time, torch\n"
+        "torch.cuda.mem_get_info()\n"
+        "print('started', flush=True)\n"
+        "left = float(sys.stdin.readline())\n"
         "free, _ = torch.cuda.mem_get_info()\n"
-        f"total = size = int(free - {gibibytes_left} * 2**30)\n"
+        "total = size = int(free - left * 2**30)\n"
         "held = []\n"
         "while size > 2**20 and sum(map(len, held)) < total:\n"
         "    try: held.append(torch.empty(size, dtype=torch.uint8, device='cuda'))\n"
@@ -153,11 +159,19 @@ def occupy_gpu(gibibytes_left: float) -> Iterator[None]:
         "torch.cuda.synchronize()\n"
         "print('ready', flush=True); time.sleep(600)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def allocate_all_but(gibibytes: float) -> None:
+        stdin.write(f"{gibibytes}\n")
+        stdin.flush()
+        assert stdout.readline() == "ready\n"
+
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield
+        assert stdout.readline() == "started\n"
+        yield allocate_all_but
     finally:
         process.kill()
         process.wait()
@@ -293,7 +307,8 @@ def test_a_killed_run_is_resumed_by_the_same_command(tmp_path: Path, backend: st
 
 @pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
 def test_too_little_gpu_memory_at_the_start_is_reported_with_numbers(tmp_path: Path, backend: str) -> None:
-    with occupy_gpu(0.7):
+    with gpu_occupant() as allocate_all_but:
+        allocate_all_but(0.7)
         run = Run(tmp_path / "out", "--model", "shapes", "--backend", backend, *SMALL).wait()
     assert run.code in (1, 2)
     assert "GiB are free" in run.output
@@ -336,9 +351,10 @@ def test_gpu_memory_that_others_allocate_during_a_run_costs_no_row(tmp_path: Pat
     tiles = [{"prompt": "describe", "image": "noise.jpg", "generation": {"max_new_tokens": 8}}] * 40
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("\n".join(map(json.dumps, short + tiles)))
-    run = Run(tmp_path / "out", "--model", str(model), "--backend", backend, *SMALL, manifest=manifest)
-    run.wait_for(ENGINE_UP)
-    with occupy_gpu(0.0):
+    with gpu_occupant() as allocate_all_but:
+        run = Run(tmp_path / "out", "--model", str(model), "--backend", backend, *SMALL, manifest=manifest)
+        run.wait_for(ENGINE_UP)
+        allocate_all_but(0)
         run.wait_for("restarting it")
         time.sleep(5)
     run.wait()

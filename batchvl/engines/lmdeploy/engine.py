@@ -9,6 +9,7 @@ import re
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineLost, EngineUnavailable, OptionError
@@ -106,7 +107,8 @@ class LmdeployEngine:
         responses: asyncio.Queue[Response | BaseException] = asyncio.Queue()
 
         def emit(response: Response | BaseException) -> None:
-            loop.call_soon_threadsafe(responses.put_nowait, response)
+            with suppress(RuntimeError):  # this process is exiting: its loop is closed, and nobody awaits the response
+                loop.call_soon_threadsafe(responses.put_nowait, response)
 
         self._open_batches.add(responses)
         pending = {request.row for request in requests}
