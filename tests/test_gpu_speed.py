@@ -160,7 +160,7 @@ def test_the_usage_of_a_process_tree_is_measured(tmp_path, monkeypatch):
             process.kill()
     usage = running.usage(begin, end)
     assert usage.cores is not None
-    assert 0.1 < usage.cores < 1.3, "one core, on a machine with other load"
+    assert 0.01 < usage.cores < 1.3, "one core, or what other load leaves of it"
     assert usage.host_bytes is not None
     assert 64 * 2**20 < usage.host_bytes < 256 * 2**20
     assert (usage.gpu_busy, usage.gpu_bytes) == (pytest.approx(0.9), 2**30)
