@@ -43,7 +43,7 @@ TOOLS := .venv-tools
 parallel = -n $(JOBS) --dist worksteal
 PINS := requirements/base.txt requirements/dev.txt requirements/transformers.txt
 
-.PHONY: help demo test lint unit coverage test-all test-slow test-lmdeploy crash fuzz docs release hooks clean
+.PHONY: help demo test lint unit coverage test-all test-slow test-lmdeploy crash fuzz docs release azurite hooks clean
 
 help:  ## this list
 	@echo 'make TARGET; the first use of a target builds its environment'
@@ -62,11 +62,11 @@ lint: $(MAIN)/.installed  ## ruff and mypy --strict
 
 QUICK := -m 'not slow and not crash and not lmdeploy and not gpu'
 
-unit: $(if $(COVERAGE),coverage,$(MAIN)/.installed)
+unit: $(if $(COVERAGE),coverage,$(MAIN)/.installed $(MAIN)/azurite/.installed)
 	$(if $(COVERAGE),,$(MAIN)/bin/python -m pytest $(parallel) $(QUICK) $(ARGS))
 
 # Settings, such as the lowest figure accepted, are in pyproject.toml.
-coverage: $(MAIN)/.installed  ## the quick tests, and how much of batchvl they execute, child processes included
+coverage: $(MAIN)/.installed $(MAIN)/azurite/.installed  ## the quick tests, and how much of batchvl they execute, child processes included
 	@rm -rf build/coverage
 	$(MAIN)/bin/coverage run -m pytest $(parallel) $(QUICK) $(ARGS)
 	@# A process killed while it writes its data leaves a file that is not a database; combine skips it with a warning.
@@ -126,6 +126,15 @@ $(MAIN)/.installed: $(PINS) requirements/torch-cpu.txt pyproject.toml
 	@$(MAIN)/bin/python $(INSTALL) $(PINS:%=-r %)
 	@$(MAIN)/bin/python $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch-cpu.txt
 	@$(MAIN)/bin/python $(INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+# The emulator of Azure Blob Storage that tests run against, on the Node.js of the environment.
+azurite: $(MAIN)/azurite/.installed
+
+$(MAIN)/azurite/.installed: requirements/azurite/package-lock.json $(MAIN)/.installed
+	@echo 'installing Azurite into $(@D)'
+	@rm -rf $(@D) && mkdir $(@D) && cp requirements/azurite/*.json $(@D)
+	@$(MAIN)/bin/npm ci --prefix $(@D) --omit=dev --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
 $(LMDEPLOY)/.installed: requirements/lmdeploy.txt pyproject.toml

@@ -12,21 +12,36 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
-__all__ = ["BatchvlError", "FakeEngine", "Summary", "__version__", "merge", "retry", "run", "status", "validate"]
+__all__ = [
+    "BatchvlError",
+    "FakeEngine",
+    "FetchSummary",
+    "Summary",
+    "__version__",
+    "fetch",
+    "merge",
+    "retry",
+    "run",
+    "status",
+    "validate",
+]
 
 if TYPE_CHECKING:
     from .engines.fake import FakeEngine
     from .errors import BatchvlError
     from .results import merge, status
+    from .runner.fetch import fetch
     from .runner.job import run
     from .runner.retry import retry
-    from .runner.summary import Summary
+    from .runner.summary import FetchSummary, Summary
     from .validation import validate
 
 _MODULES = {
     "BatchvlError": "errors",
     "FakeEngine": "engines.fake",
+    "FetchSummary": "runner.summary",
     "Summary": "runner.summary",
+    "fetch": "runner.fetch",
     "merge": "results",
     "retry": "runner.retry",
     "run": "runner.job",

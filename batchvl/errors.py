@@ -17,7 +17,7 @@
     ├── FetchError                   stage "fetch"
     │   ├── UnsupportedSource, InvalidDataUri, MissingFile, ForbiddenPath, ForbiddenAddress, InvalidUrl,
     │   │   NameResolutionFailed, ConnectionFailed, HttpStatus, HttpRetryable, FetchTimeout,
-    │   │   TooManyBytes, TooManyRedirects, EmptyImage
+    │   │   TooManyBytes, TooManyRedirects, EmptyImage, UnsupportedEncoding, OptedOut
     ├── PrepareError                 stage "prepare"
     │   ├── NotAnImage, TruncatedImage, CorruptImage, TooManyPixels, TooManyImages, PrepareTimeout,
     │   │   PrepareCrashed, PrepareFailed, TooLarge
@@ -164,7 +164,7 @@ class InvalidDataUri(FetchError):
 
 
 class MissingFile(FetchError):
-    """The image file does not exist or cannot be read."""
+    """The image file, the member of a tar, the object or its bucket does not exist, or the file cannot be read."""
 
     code = "missing_file"
 
@@ -176,7 +176,8 @@ class ForbiddenPath(FetchError):
 
 
 class ForbiddenAddress(FetchError):
-    """The URL leads to a non-public address that `--allow-private` does not allow."""
+    """The URL leads to a non-public address that `--allow-private` does not allow, or to a bucket that `--allow-bucket`
+    does not allow."""
 
     code = "forbidden_address"
 
@@ -202,7 +203,7 @@ class ConnectionFailed(FetchError):
 
 
 class HttpStatus(FetchError):
-    """The server returned an HTTP status that is not worth a retry, such as 404."""
+    """The server returned an HTTP status that is not worth a retry, such as 404, or an object store denied access."""
 
     code = "http_status"
 
@@ -215,7 +216,7 @@ class HttpRetryable(FetchError):
 
 
 class FetchTimeout(FetchError):
-    """The image did not arrive within `--fetch-timeout`."""
+    """No attempt got the image within `--fetch-timeout`, or `--fetch-deadline` was over."""
 
     code = "fetch_timeout"
     retryable = True
@@ -237,6 +238,18 @@ class EmptyImage(FetchError):
     """The image has 0 bytes."""
 
     code = "empty_image"
+
+
+class UnsupportedEncoding(FetchError):
+    """The server encoded the image in a way that cannot be decoded here, such as `br` without the extra `codings`."""
+
+    code = "unsupported_encoding"
+
+
+class OptedOut(FetchError):
+    """The server opts the image out of use for AI (`X-Robots-Tag: noai`), and `--ignore-opt-out` is not set."""
+
+    code = "opted_out"
 
 
 class NotAnImage(PrepareError):

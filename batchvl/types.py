@@ -17,17 +17,23 @@ class Struct(msgspec.Struct, omit_defaults=True, frozen=True):
     """Base class of the exchanged structs."""
 
 
+URL_SCHEMES = ("http", "https", "s3", "gs", "gcs", "abfs", "abfss", "az", "hf")
+"""Schemes of the URLs of images: the web, object stores, and the Hugging Face Hub."""
+
+
 class WebImage(Struct, frozen=True, tag="web"):
-    """An image at an http or https URL."""
+    """An image at a URL with one of URL_SCHEMES."""
 
     url: str
 
 
 class FileImage(Struct, frozen=True, tag="file"):
-    """An image in a file."""
+    """An image in a file, or in a member of a tar archive."""
 
     path: str
-    """An absolute path, or one relative to the manifest's directory."""
+    """An absolute path, or one relative to the manifest's directory; of a member, `ARCHIVE.tar#MEMBER`."""
+    header: int | None = None
+    """Offset of the member's first header, if it is known, so that nobody searches the archive for the member."""
 
 
 class InlineImage(Struct, frozen=True, tag="inline"):

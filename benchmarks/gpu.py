@@ -67,6 +67,11 @@ def main() -> int:
         metavar="NAME=VALUE",
         help="option of `batchvl run` for all systems, such as engine_option=max_batch_size=1024; may be repeated",
     )
+    parser.add_argument(
+        "--web",
+        action="store_true",
+        help="run: images from a synthetic open web with slow answers and faults (benchmarks/web_server.py)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory for the results, one JSON file each")
     parser.add_argument(
         "--models", type=Path, default=MODELS, metavar="DIR", help=f"directory for checkpoints [{MODELS}]"
@@ -143,7 +148,7 @@ def compare(args: argparse.Namespace, options: Options) -> tuple[list[Result], l
         for system in systems:
             print(f"{scenario.name}, {system}: ", end="", flush=True)
             with tempfile.TemporaryDirectory(prefix="batchvl-gpu-") as directory:
-                bench = Bench(scenario, model, args.backend, options, names, Path(directory), args.timeout)
+                bench = Bench(scenario, model, args.backend, options, names, Path(directory), args.timeout, args.web)
                 try:
                     result = bench.measure(system, make_rows(scenario, system, args.rows))
                 except MeasurementFailed as error:
@@ -154,7 +159,7 @@ def compare(args: argparse.Namespace, options: Options) -> tuple[list[Result], l
             scenario_results.append(result)
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
-                parts = [scenario.name, args.backend, system, *map(format_option, options)]
+                parts = [scenario.name, *["web"] * args.web, args.backend, system, *map(format_option, options)]
                 name = re.sub(r"[^\w.]+", "-", "-".join(parts))
                 (args.out / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
         faults += find_faults(scenario_results)

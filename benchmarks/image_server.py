@@ -90,7 +90,7 @@ async def serve(jpegs: list[bytes], listener: socket.socket) -> None:
     """Serve until standard input is closed, which happens when the parent process ends."""
     parts = [split_after_header(jpeg) for jpeg in jpegs]
     loop, closed = asyncio.get_running_loop(), asyncio.Event()
-    server = await loop.create_server(lambda: Connection(parts), sock=listener)
+    server = await loop.create_server(lambda: Connection(parts), sock=listener, backlog=BACKLOG)
     loop.add_reader(sys.stdin.fileno(), closed.set)
     await closed.wait()
     server.close()

@@ -23,10 +23,13 @@ from benchmarks.image_server import ImageServer
 from benchmarks.images import numbered, photographs
 from benchmarks.meter import Meter
 from benchmarks.scenarios import QUESTIONS, Options, Row, Scenario, format_option
+from benchmarks.web import PATIENT
+from benchmarks.web_server import WebServer, raise_file_limit
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = 8
 """Number of JPEGs with different pixels where images need not differ in their pixels."""
+WEB_HOSTS = 2000
 ENGINE_UP = ", batches of "
 """Part of the line that `batchvl run` prints once its engine is up."""
 
@@ -76,6 +79,7 @@ class Bench:
         gpus: CUDA's names of the GPUs that may be used.
         directory: Takes images, logs and outputs.
         timeout: Time limit of each process in seconds.
+        web: Whether a run gets its images from the synthetic open web (benchmarks/web_server.py).
     """
 
     def __init__(
@@ -87,7 +91,9 @@ class Bench:
         gpus: Sequence[str],
         directory: Path,
         timeout: float,
+        web: bool = False,
     ) -> None:
+        self._web = web
         self._scenario, self._model, self._backend, self._directory = scenario, model, backend, directory
         self._options = [*scenario.options, *options]
         self._title = ", ".join([str(scenario), *map(format_option, options)])
@@ -153,10 +159,20 @@ class Bench:
         command = [sys.executable, "-m", "batchvl", "run", str(directory / "manifest.jsonl"), "-o", str(output)]
         command += ["--model", str(self._model), "--engine", "lmdeploy", "--backend", self._backend]
         command += ["--allow-private", "127.0.0.0/8", *option_flags(self._options)]
+        if self._web:
+            raise_file_limit()
+            command += ["--accept-failures", "100%"]
         command += ["--gpus", str(self._scenario.gpus)] if self._scenario.gpus else []
         with ExitStack() as stack:
-            server = stack.enter_context(ImageServer(images))
-            write_manifest(directory / "manifest.jsonl", rows, server)
+            server: ImageServer | WebServer
+            if self._web:
+                server = stack.enter_context(WebServer())
+                sources = server.rows(len(rows), WEB_HOSTS)
+                urls, good = [row.url for row in sources], [row.kind in PATIENT for row in sources]
+            else:
+                server = stack.enter_context(ImageServer(images))
+                urls, good = [server.url(row.image) for row in rows], [True] * len(rows)
+            write_manifest(directory / "manifest.jsonl", rows, urls)
             file, started = stack.enter_context(log.open("wb")), time.monotonic()
             process = subprocess.Popen(
                 command,
@@ -179,7 +195,8 @@ class Bench:
         summary = json.loads((output / "summary.json").read_bytes())
         seconds = summary["engine_seconds"]
         columns = ["row", "status", "input_tokens", "output_tokens"]
-        answers = pq.read_table(summary["results"], columns=columns).to_pylist()
+        results = pq.read_table(summary["results"], columns=columns).to_pylist()
+        answers = [answer for answer in results if good[answer["row"]]]
         return self._result(
             "run",
             meter,
@@ -214,11 +231,11 @@ def _read_line(process: subprocess.Popen[bytes]) -> bytes:
     return process.stdout.readline()
 
 
-def write_manifest(path: Path, rows: Sequence[Row], server: ImageServer) -> None:
-    """Write the rows as a JSONL manifest with the server's URLs."""
+def write_manifest(path: Path, rows: Sequence[Row], urls: Sequence[str]) -> None:
+    """Write the rows as a JSONL manifest with their images' URLs."""
     with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            line = {"image": server.url(row.image), "prompt": QUESTIONS[row.question]}
+        for row, url in zip(rows, urls, strict=True):
+            line = {"image": url, "prompt": QUESTIONS[row.question]}
             print(json.dumps({**line, "generation": {"max_new_tokens": row.tokens}}), file=file)
 
 

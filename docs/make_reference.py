@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from batchvl.cli import EXIT_CODES
+from batchvl.cli.fetch import fetch
 from batchvl.cli.options import HELP_ORDER
-from batchvl.config.options import OPTION_TYPES, default, env_variable, flag
+from batchvl.config.options import FETCH_COMMAND_OPTIONS, OPTION_TYPES, all_fields, default, env_variable, flag
 from batchvl.errors import row_errors
 from batchvl.results import COLUMNS
 
@@ -25,7 +26,7 @@ file (`max_tiles = 6`; `--config FILE`, by default `batchvl.toml` next to the ma
 
 Options marked ● change what an answer means: a run that resumes in an existing output directory must use the same
 values. `batchvl bench` and `batchvl validate` accept the same options; `batchvl retry` accepts the unmarked ones,
-except `--output` and `--limit`.
+except `--output` and `--limit`; `batchvl fetch` accepts those in [a list of its own](#options-of-batchvl-fetch).
 """
 
 
@@ -41,6 +42,19 @@ def reference() -> str:
         parts += [f"### {group.title}\n", _table(("option", "value", "default", "description"), rows)]
     name = "max_tiles"
     parts.append(f"The environment variable of `{flag(name)}` is `{env_variable(name)}`, and so on.\n")
+    shared = ", ".join(
+        f"`{flag(field.name)}`" for field in all_fields() if field.name in FETCH_COMMAND_OPTIONS - {"output"}
+    )
+    parts += [
+        "## Options of `batchvl fetch`\n",
+        f"Those of a run about manifest, images, and when to stop: {shared}.\n",
+    ]
+    own = [
+        (f"`{'`, `'.join(p.opts)}`", p.help or "")
+        for p in fetch.params
+        if p.name not in FETCH_COMMAND_OPTIONS - {"output"} | {"manifest", "config", "quiet"}
+    ]
+    parts += [_table(("option", "description"), own)]
     parts += ["## Exit codes\n", _table(("code", "meaning"), [(str(c), t) for c, t in EXIT_CODES.items()])]
     columns = [(f"`{name}`", f"`{column.type}`", column.help) for name, column in COLUMNS.items()]
     parts += ["## Output columns\n", _table(("column", "Arrow type", "description"), columns)]

@@ -11,7 +11,7 @@ BOX_WIDTH, BOX_HEIGHT, GAP, LEFT, TOP = 128, 104, 32, 16, 56
 
 # Title, lines of text, and the kind of box: files on a disk, or the process that does the work.
 STAGES = [
-    ("manifest", ["Parquet, JSONL,", "CSV, or a directory", "of images"], "file"),
+    ("manifest", ["Parquet, JSONL, CSV,", "tars, or a directory", "of images"], "file"),
     ("fetch", ["URL, file or bytes;", "checked, limited;", "ahead of the GPU"], "runner"),
     ("prepare", ["image workers, one", "per CPU: decode,", "tile, tokenize"], "workers"),
     ("engine", ["LMDeploy, or", "transformers;", "a process per GPU"], "engine"),

@@ -1,9 +1,13 @@
-"""Settings for all tests: signals, and time limits that fit the machine."""
+"""Settings for all tests: signals, the event loop, and time limits that fit the machine and end whatever hangs."""
 
+import asyncio
 import contextlib
+import faulthandler
+import os
 import signal
 
 import pytest
+import uvloop
 
 from . import timing
 from .fuzzing import examples
@@ -20,7 +24,30 @@ with contextlib.suppress(ModuleNotFoundError):  # the tests on a GPU machine do 
     hypothesis.settings.load_profile("fuzz")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories(config, item):
+    """Let asynchronous tests run in the event loop that the commands use."""
+    return {"uvloop": _new_event_loop}
+
+
+def _new_event_loop():
+    loop = uvloop.new_event_loop()
+    loop.set_exception_handler(_handle_exception)
+    return loop
+
+
+def _handle_exception(loop, context):
+    """End a test whose time is over: uvloop does not raise what pytest-timeout's signal handler raised."""
+    error = context.get("exception")
+    if isinstance(error, pytest.fail.Exception):
+        for task in asyncio.all_tasks(loop):
+            task.cancel(str(error))
+    else:
+        loop.default_exception_handler(context)
+
+
 def pytest_configure(config):
+    config.stash[_STDERR] = os.dup(2)  # not yet captured
     # With pytest-xdist the controller measures, before its workers load the machine, and hands them the result.
     given = getattr(config, "workerinput", {}).get("timing_factor")
     timing.set_factor(timing.measure() if given is None else given)
@@ -33,6 +60,22 @@ def pytest_configure_node(node):
 
 def pytest_report_header():
     return f"time limits: {timing.factor():.1f} times those of a quiet machine"
+
+
+# What a signal cannot interrupt, such as waiting for a thread to end, ends the session, with all threads' tracebacks.
+_STDERR = pytest.StashKey[int]()
+_GRACE_SECONDS = 60
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_timeout_set_timer(item, settings):
+    seconds = settings.timeout + timing.scaled(_GRACE_SECONDS)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash[_STDERR])
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_timeout_cancel_timer(item):
+    faulthandler.cancel_dump_traceback_later()
 
 
 # pytest-timeout arms its timer for a whole test, reports included. A limit that ran out inside a report raised there,

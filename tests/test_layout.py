@@ -28,6 +28,7 @@ ORDER = (
     "storage",
     "prompts",
     "manifest",
+    "fetching",
     "images",
     "engines",
     "serving",
@@ -100,8 +101,8 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def room(module: str) -> str:
     """Return the entry of `ORDER` that a module belongs to; "" is the package `batchvl` itself.
 
-    >>> room("batchvl.images.fetch"), room("batchvl")
-    ('images', '')
+    >>> room("batchvl.fetching.fetch"), room("batchvl")
+    ('fetching', '')
     """
     return module.partition(".")[2].partition(".")[0]
 

@@ -13,6 +13,7 @@ from . import timing
 ROOT = Path(__file__).parents[1]
 
 TESTS = """
+import asyncio
 import time
 import pytest
 from . import timing
@@ -37,6 +38,11 @@ def slow_teardown():
 @pytest.mark.timeout(0.25)
 def test_slow_body():
     time.sleep(5)
+
+
+@pytest.mark.timeout(0.25)
+async def test_slow_asynchronous_body():
+    await asyncio.sleep(60)
 
 
 @pytest.mark.timeout(0.25)
@@ -73,23 +79,49 @@ timing.measure = lambda: 2.0
 """
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["one process", "xdist"])
-def test_a_limit_fails_its_test_and_no_other(tmp_path, workers):
-    package = tmp_path / "tests"
+HANGING_THREAD = """
+import asyncio
+import threading
+import pytest
+
+
+@pytest.mark.timeout(0.25)
+def test_thread():
+    asyncio.run(asyncio.to_thread(threading.Event().wait))
+"""
+
+
+def run_tests(directory, tests, settings, *arguments):
+    """Run tests in a session of their own, with the settings of this one and more."""
+    package = directory / "tests"
     package.mkdir()
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", directory)
     for module in (ROOT / "tests").glob("*.py"):
         if not module.name.startswith("test_"):  # conftest.py and what it imports
             shutil.copy(module, package)
-    (package / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text() + SLOW_REPORTS)
-    (package / "test_limits.py").write_text(TESTS)
-    arguments = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers)
-    session = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    (package / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text() + settings)
+    (package / "test_limits.py").write_text(tests)
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["one process", "xdist"])
+def test_a_limit_fails_its_test_and_no_other(tmp_path, workers):
+    session = run_tests(tmp_path, TESTS, SLOW_REPORTS, *workers)
     assert "INTERNALERROR" not in session.stdout + session.stderr
     assert session.returncode == 1, session.stdout
     ended = set(re.findall(r"^(FAILED|ERROR) \S+::test_(\w+).*Timeout \(>0.5s\)", session.stdout, re.MULTILINE))
     assert ended == {("FAILED", "slow_body"), ("ERROR", "setup"), ("ERROR", "teardown")}, session.stdout
-    assert "1 failed, 4 passed, 2 errors" in session.stdout
+    assert re.search(r"^FAILED \S+::test_slow_asynchronous_body ", session.stdout, re.MULTILINE), session.stdout
+    assert "CancelledError: Timeout (>0.5s) from pytest-timeout" in session.stdout
+    assert "2 failed, 4 passed, 2 errors" in session.stdout
+
+
+def test_a_test_that_waits_for_a_thread_ends_its_session(tmp_path):
+    session = run_tests(tmp_path, HANGING_THREAD, "\n_GRACE_SECONDS = 0.5\n")
+    assert session.returncode == 1
+    assert "Timeout (0:00:" in session.stderr
+    assert "in test_thread" in session.stderr
 
 
 def test_this_machine_has_a_factor():

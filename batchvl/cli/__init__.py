@@ -6,6 +6,7 @@ import click
 
 from .._version import __version__
 from .errors import EXIT_CODES
+from .fetch import fetch
 from .machine import demo, doctor
 from .manifest import validate
 from .output import merge, status
@@ -24,8 +25,8 @@ class _Group(click.Group):
 def main() -> None:
     """Offline batch inference of vision-language models.
 
-    Run a model on every row of a manifest: a prompt with images, from Parquet, JSONL, CSV or a directory of images.
-    An interrupted run resumes when the same command is run again.
+    Run a model on every row of a manifest: a prompt with images, from Parquet, JSONL, CSV, tars or a directory of
+    images. An interrupted run resumes when the same command is run again.
 
     \b
       batchvl demo                     try it out with a tiny built-in model
@@ -34,5 +35,5 @@ def main() -> None:
     """
 
 
-for command in (run, retry, status, merge, validate, bench, doctor, demo):
+for command in (run, fetch, retry, status, merge, validate, bench, doctor, demo):
     main.add_command(command)

@@ -20,7 +20,8 @@ from .options import Command, argument, options_of, run_options
 def run(manifest: str | None, config: str | None, quiet: bool, **options: Any) -> None:
     """Run a model on every row of MANIFEST.
 
-    MANIFEST is a file, directory or glob of Parquet, JSONL (also .gz, .zst) or CSV, or a directory of images.
+    MANIFEST is a file, directory or glob of Parquet, JSONL (also .gz, .zst), CSV or tars (WebDataset), what img2dataset
+    wrote, or a directory of images.
 
     If the run is interrupted, run the same command again: it resumes where it stopped.
 

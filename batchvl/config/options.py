@@ -17,16 +17,19 @@ import msgspec
 from msgspec import Meta
 
 from ..errors import OptionError
-from .units import Duration, Gpus, Shard, Size, Timeout, dec_hook, enc_hook, explain
+from .units import Duration, Gpus, Proxy, Shard, Size, Timeout, dec_hook, enc_hook, explain
 
 DEFAULT_MODEL = "OpenGVLab/InternVL-Chat-V1-5"
 
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
+Rate = Annotated[float, Meta(gt=0)]
 
 
-def option(default: Any, help: str, *, meaning: bool = False, metavar: str | None = None) -> Any:
+def option(
+    default: Any, help: str, *, meaning: bool = False, metavar: str | None = None, is_secret: bool = False
+) -> Any:
     """Declare an option as a dataclass field.
 
     Args:
@@ -34,8 +37,10 @@ def option(default: Any, help: str, *, meaning: bool = False, metavar: str | Non
         help: One line for `--help`. It ends in "[default: …]" if `default` itself does not explain the default.
         meaning: Whether the option changes what an answer or a row means.
         metavar: Placeholder of the value in `--help`.
+        is_secret: Whether the value may contain a secret, so that errors do not quote it.
     """
-    return field(default=default, metadata={"help": help, "meaning": meaning, "metavar": metavar})
+    metadata = {"help": help, "meaning": meaning, "metavar": metavar, "is_secret": is_secret}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +100,69 @@ class FetchOptions:
     allow_private: tuple[str, ...] = option(
         (), "Non-public network that image URLs may lead to, such as 10.0.0.0/8; repeatable.", metavar="CIDR"
     )
+    allow_host: tuple[str, ...] = option(
+        (), "Host whose addresses need not be public, such as minio.internal or *.internal; repeatable.", metavar="HOST"
+    )
+    allow_bucket: tuple[str, ...] = option(
+        (),
+        "Bucket or Hub repository that may be read with this machine's credentials, such as s3://photos, s3://my-*, "
+        "abfs://photos@account.dfs.core.windows.net or hf://datasets/me/photos; repeatable.",
+        metavar="PATTERN",
+    )
     image_root: tuple[str, ...] = option(
         (), "Directory that image files may be in, besides the manifest's; repeatable.", metavar="DIR"
     )
     max_image_bytes: Size = option(Size(32 * 2**20), "Maximum size of an encoded image.", metavar="SIZE")
-    fetch_timeout: Timeout = option(Timeout(60), "Time limit for fetching an image, including retries.", metavar="TIME")
+    fetch_timeout: Timeout = option(Timeout(60), "Time limit for one attempt to fetch an image.", metavar="TIME")
+    fetch_deadline: Timeout = option(
+        Timeout(300), "Time limit for all attempts to fetch an image, without waits for its host.", metavar="TIME"
+    )
     fetch_retries: Count = option(4, "Maximum number of retries of a fetch.", metavar="N")
-    fetch_concurrency: Positive = option(64, "Maximum number of concurrent fetches.", metavar="N")
-    fetch_per_host: Positive = option(16, "Maximum number of concurrent fetches from one host.", metavar="N")
+    fetch_concurrency: Positive = option(
+        2048, "Limit of concurrent fetches; the number is raised to it while that speeds them up.", metavar="N"
+    )
+    fetch_per_host: Positive = option(
+        16, "Maximum number of concurrent fetches from one host; eight times as many from a bucket.", metavar="N"
+    )
+    fetch_processes: Count = option(
+        0, "Number of processes that fetch, beside the one that decides; 0: that one fetches itself.", metavar="N"
+    )
+    host_rate: Rate | None = option(
+        None, "Maximum number of requests per second to one host. [default: what the host accepts]", metavar="X"
+    )
+    user_agent: str | None = option(
+        None, "User-Agent header. [default: batchvl's name, version and address]", metavar="TEXT"
+    )
+    contact: str | None = option(
+        None, "Email address or URL for the owners of the hosts, added to the User-Agent header.", metavar="TEXT"
+    )
+    proxy: Proxy | None = option(
+        None,
+        "HTTP proxy for all http and https requests, such as http://proxy.example.org:3128. [default: none, whatever "
+        "http_proxy and https_proxy say]",
+        metavar="URL",
+        is_secret=True,
+    )
+    host_headers: str | None = option(
+        None, "File (TOML) with headers for requests to certain hosts, such as bearer tokens.", metavar="FILE"
+    )
+    ignore_opt_out: bool = option(
+        False, "Fetch images although their servers opt them out of use for AI (X-Robots-Tag: noai, noimageai)."
+    )
+    host_patience: Duration = option(
+        Duration(30), "Set the images of a host aside once it has not responded for this time.", metavar="TIME"
+    )
+    cache: str | None = option(
+        None, "Directory that keeps fetched images for later runs and for other processes.", metavar="DIR"
+    )
+    cache_bytes: Size = option(
+        Size(10 * 2**30),
+        "Approximate maximum size of that directory; the least recently used images are removed.",
+        metavar="SIZE",
+    )
+    cache_age: Duration = option(
+        Duration(30 * 86400), "Use an image from that directory for this time after it was fetched.", metavar="TIME"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +188,7 @@ class ImageOptions:
         meaning=True,
     )
     image_workers: Positive | None = option(
-        None, "Number of processes that prepare images. [default: number of CPUs]", metavar="N"
+        None, "Number of processes that prepare images. [default: number of CPUs + 1]", metavar="N"
     )
     arena_bytes: Size | None = option(
         None,
@@ -351,8 +411,16 @@ def _types(group: type) -> dict[str, Any]:
 OPTION_TYPES = {name: hint for group in GROUPS for name, hint in _types(group).items()}
 NAMES = frozenset(OPTION_TYPES)
 MEANING = frozenset(field.name for field in all_fields() if field.metadata["meaning"])
+SECRET = frozenset(field.name for field in all_fields() if field.metadata["is_secret"])
 RETRY_OPTIONS = NAMES - MEANING - {"output", "limit"}
 """Options that a retry of failed rows accepts: those that change neither what an answer means nor where it is."""
+FETCH_COMMAND_OPTIONS = frozenset(
+    field.name for group in (ManifestOptions, FetchOptions, ImageOptions) for field in fields(group)
+) - {"keep", "draft_decode"} | {"output", "accept_failures", "max_failures", "stop_after"}
+"""Options that `batchvl fetch` shares with a run."""
+FileFormat = Literal["parquet", "tar"]
+"""Where `batchvl fetch` puts images: in the Parquet files of rows, or in tars that these point at."""
+FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 
 
 def convert(name: str, value: Any, source: str | None = None) -> Any:
@@ -385,7 +453,8 @@ def convert(name: str, value: Any, source: str | None = None) -> Any:
             raise ValueError(f"expected one of {', '.join(get_args(hint))}")
         return msgspec.convert(value, hint, strict=not isinstance(value, str), dec_hook=dec_hook)
     except (msgspec.ValidationError, ValueError) as error:
-        raise OptionError(f"{source or flag(name)}: {explain(error)}; found {value!r}") from None
+        found = "" if name in SECRET else f"; found {value!r}"
+        raise OptionError(f"{source or flag(name)}: {explain(error)}{found}") from None
 
 
 def _path_to_text(value: Any) -> Any:

@@ -85,6 +85,8 @@ def read_job_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name in ("manifest", "output"):
         if name in job and "://" not in job[name]:
             job[name] = str(file.parent / job[name])
+    if "host_headers" in job:
+        job["host_headers"] = str(file.parent / job["host_headers"])
     if "image_root" in job:
         job["image_root"] = tuple(str(file.parent / root) for root in job["image_root"])
     return job

@@ -1,16 +1,23 @@
-"""Types of option values beyond numbers and text: sizes, durations, shards, numbers of GPUs, limits on failures."""
+"""Types of option values beyond numbers and text: sizes, durations, shards, GPUs, proxies, limits on failures."""
 
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from ..errors import OptionError
 
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+_PROXY = re.compile(
+    r"http://(?:(?P<user_info>[^/?#@\[\]\s]*)@)?(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\]):(?P<port>[0-9]{1,5})/?",
+    re.IGNORECASE,
+)
 
 _MAX_SIZE = 2**50
 _MAX_GPUS = 64
@@ -102,6 +109,45 @@ class Shard:
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
+
+
+class Proxy:
+    """An HTTP proxy, written http://HOST:PORT or http://USER:PASSWORD@HOST:PORT.
+
+    As text it has neither user nor password, and no error quotes what it is made from.
+
+    Attributes:
+        host: Name or address, without brackets.
+        port: Port.
+        authorization: Value of the Proxy-Authorization header, if there is a user or a password.
+    """
+
+    __slots__ = ("authorization", "host", "port")
+
+    def __init__(self, host: str, port: int, authorization: str | None = None) -> None:
+        self.host, self.port, self.authorization = host, port, authorization
+
+    @classmethod
+    def parse(cls, value: Any) -> Proxy:
+        match = _PROXY.fullmatch(str(value).strip())
+        if match is None or not 0 < int(match["port"]) < 65536:
+            raise ValueError(
+                "expected http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, special characters in USER and PASSWORD "
+                "percent-encoded"
+            )
+        user, _, password = (match["user_info"] or "").partition(":")
+        if not user and not password:
+            return cls(match["host"].strip("[]").lower(), int(match["port"]))
+        if b":" in unquote_to_bytes(user):
+            raise ValueError("the user of a proxy cannot contain a colon")
+        credentials = unquote_to_bytes(user) + b":" + unquote_to_bytes(password)
+        return cls(match["host"].strip("[]").lower(), int(match["port"]), f"Basic {b64encode(credentials).decode()}")
+
+    def __str__(self) -> str:
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"Proxy({self})"
 
 
 def dec_hook(kind: type, value: Any) -> Any:

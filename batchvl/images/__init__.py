@@ -1,1 +1,1 @@
-"""Images on their way from the manifest to the engine: fetched, decoded and prepared."""
+"""Images on their way from their bytes to the engine: decoded and prepared."""

@@ -1,6 +1,7 @@
 """Decoding images to RGB, strictly: a truncated, corrupt or too large image is an error, never a gray area.
 
-Large JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size (--draft-decode) if the model would shrink them anyway.
+JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size: large ones if the model would shrink them anyway
+(--draft-decode), and all if nobody needs the pixels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import PIL.Image
@@ -18,10 +20,10 @@ from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 
 from ..config.options import ImageOptions
-from ..errors import CorruptImage, NotAnImage, PrepareError, PrepareFailed, TooManyImages, TooManyPixels, TruncatedImage
+from ..errors import CorruptImage, NotAnImage, PrepareError, PrepareFailed, TooManyPixels, TruncatedImage
+from ..fetching.sniff import describe, ends_early, is_image
 from ..types import Image
 from .rgb import to_rgb
-from .sniff import describe, ends_early, is_image
 
 FORMATS = tuple(
     name
@@ -35,6 +37,9 @@ SCALES = (8, 4, 2)
 
 ResizeTarget: TypeAlias = Callable[[int, int], tuple[int, int] | None]
 """`Scaling.resized_size`: maps the width and height of an upright image to those that it is resized to."""
+
+_Draft: TypeAlias = Callable[[JpegImageFile, int, int], None]
+"""Chooses at which scale a JPEG is decoded, before any of it is. Gets the upright image's width and height as well."""
 
 _ORIENTATION = 0x0112
 _TO_UPRIGHT = {
@@ -60,12 +65,6 @@ def configure_pillow() -> None:
     PIL.Image.MAX_IMAGE_PIXELS = None
 
 
-def check_count(count: int, limits: ImageOptions) -> None:
-    """Raise TooManyImages if a row with `count` images has more than --max-images."""
-    if count > limits.max_images:
-        raise TooManyImages(f"{count} images in the row, at most {limits.max_images} are allowed (--max-images)")
-
-
 def decode(
     data: bytes | memoryview, limits: ImageOptions, source: str, resize_target: ResizeTarget | None = None
 ) -> tuple[PIL.Image.Image, Image]:
@@ -87,12 +86,40 @@ def decode(
         TooManyPixels: The header says that the image is too large.
         PrepareFailed: Memory does not suffice.
     """
+    draft = partial(_draft_for_target, resize_target) if limits.draft_decode and resize_target else None
+    return _load(data, limits, source, draft)
+
+
+def check(data: bytes | memoryview, limits: ImageOptions, source: str) -> Image:
+    """Check that `decode` can decode an image. For a JPEG this takes less time: two thirds, or half if it is large.
+
+    libjpeg reads all of a JPEG's bits at any scale. What it leaves out at 1/8 and without colors is arithmetic that
+    cannot fail.
+
+    Args:
+        data: Encoded bytes.
+        limits: What is allowed.
+        source: Label of the image in messages and in the output.
+
+    Returns:
+        The image's record for the output, as `decode` returns it.
+
+    Raises:
+        NotAnImage, TruncatedImage, CorruptImage, TooManyPixels, PrepareFailed: As `decode`.
+    """
+    return _load(data, limits, source, _draft_for_check)[1]
+
+
+def _load(
+    data: bytes | memoryview, limits: ImageOptions, source: str, draft: _Draft | None
+) -> tuple[PIL.Image.Image, Image]:
+    """Decode an image; see `decode`."""
     configure_pillow()
     data = bytes(data)  # also so that nobody changes it while it is read
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about metadata
-            image, (width, height) = _decode(data, limits, resize_target)
+            image, (width, height) = _decode(data, limits, draft)
     except PrepareError as error:
         raise type(error)(f"{source}: {error}") from None
     except MemoryError:
@@ -102,9 +129,7 @@ def decode(
     return image, Image(source, hashlib.sha256(data).hexdigest(), width, height, len(data))
 
 
-def _decode(
-    data: bytes, limits: ImageOptions, resize_target: ResizeTarget | None
-) -> tuple[PIL.Image.Image, tuple[int, int]]:
+def _decode(data: bytes, limits: ImageOptions, draft: _Draft | None) -> tuple[PIL.Image.Image, tuple[int, int]]:
     """Return the upright image, and its full width and height."""
     with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as file:
         _check_size(*file.size, limits.max_image_pixels)
@@ -113,8 +138,8 @@ def _decode(
         if isinstance(file, JpegImageFile):
             rotation = _rotation(file)  # once: if broken EXIF makes it fail, Pillow returns something the next time
             full_size = file.size[::-1] if rotation in _SWAPS_SIDES else file.size
-            if limits.draft_decode and resize_target is not None:
-                _set_scale(file, *full_size, resize_target)
+            if draft is not None:
+                draft(file, *full_size)
             file.load()
         else:
             file.load()
@@ -164,11 +189,8 @@ def _rotation(image: PIL.Image.Image) -> Transpose | None:
         return None
 
 
-def _set_scale(image: JpegImageFile, width: int, height: int, resize_target: ResizeTarget) -> None:
-    """Have an image, none of which is decoded yet, decoded at the smallest scale that `resize_target` allows.
-
-    Raises PrepareFailed if `resize_target` fails.
-    """
+def _draft_for_target(resize_target: ResizeTarget, image: JpegImageFile, width: int, height: int) -> None:
+    """Choose the smallest scale that `resize_target` allows. Raises PrepareFailed if `resize_target` fails."""
     try:
         scale = choose_scale(width, height, resize_target)
     except Exception as error:
@@ -176,6 +198,11 @@ def _set_scale(image: JpegImageFile, width: int, height: int, resize_target: Res
         raise PrepareFailed(f"--draft-decode: the model's size for {width} x {height} pixels: {cause}") from error
     if scale > 1:
         image.draft(None, (image.width // scale, image.height // scale))  # None: `to_rgb` sees to the mode
+
+
+def _draft_for_check(image: JpegImageFile, width: int, height: int) -> None:
+    """Choose what takes the least arithmetic: the smallest scale, without colors."""
+    image.draft("L", (max(1, image.width // SCALES[0]), max(1, image.height // SCALES[0])))
 
 
 def choose_scale(width: int, height: int, resize_target: ResizeTarget) -> int:

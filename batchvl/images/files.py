@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def open_beneath(path: str, roots: Sequence[Path], max_bytes: int) -> bytes:
     Raises:
         MissingFile, ForbiddenPath, TooManyBytes, EmptyImage: The file cannot be used.
     """
-    with _pinned(path, roots, max_bytes) as (pin, _), open(pin, "rb") as file:
+    with pinned(path, roots, max_bytes) as (pin, _), open(pin, "rb") as file:
         data = file.read(max_bytes + 1)
     if not data:
         raise EmptyImage(f"{path}: has no bytes")
@@ -44,7 +45,7 @@ def open_beneath(path: str, roots: Sequence[Path], max_bytes: int) -> bytes:
 
 def check_beneath(path: str, roots: Sequence[Path], max_bytes: int) -> None:
     """Raise what `open_beneath` would raise, as far as that is known without opening the file."""
-    with _pinned(path, roots, max_bytes) as (pin, size):
+    with pinned(path, roots, max_bytes) as (pin, size):
         if not size:
             raise EmptyImage(f"{path}: has no bytes")
         if not os.access(pin, os.R_OK):
@@ -52,10 +53,18 @@ def check_beneath(path: str, roots: Sequence[Path], max_bytes: int) -> None:
 
 
 @contextmanager
-def _pinned(path: str, roots: Sequence[Path], max_bytes: int) -> Iterator[tuple[str, int]]:
+def pinned(path: str, roots: Sequence[Path], max_bytes: int = sys.maxsize) -> Iterator[tuple[str, int]]:
     """Yield a path that opens the file even if another one is at its path by now, and the size of the file.
 
     An OSError inside the block becomes MissingFile.
+
+    Args:
+        path: As in `open_beneath`.
+        roots: As in `open_beneath`.
+        max_bytes: Largest size of the file.
+
+    Raises:
+        MissingFile, ForbiddenPath, TooManyBytes: The file cannot be used.
     """
     try:
         fd = os.open(os.path.join(roots[0], path), os.O_PATH | os.O_CLOEXEC)

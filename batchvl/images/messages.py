@@ -27,6 +27,8 @@ class Source(Struct, frozen=True):
     """Source of the image in the output."""
     file: FileImage | None = None
     extent: Extent | None = None
+    is_copied: bool = False
+    """Whether its encoded bytes become the tensor "image0", "image1", … by its number, if there is no preparation."""
 
 
 class PrepareJob(Struct, frozen=True, tag="job"):

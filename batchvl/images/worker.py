@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PrepareFailed, RowError
+from ..fetching.sources import check_count
 from ..ipc.arena import ArenaView
 from ..ipc.channel import BlockingConnection
 from ..types import Extent, Failure, Image
-from .decode import check_count, decode
-from .files import open_beneath
+from .decode import check, decode
+from .image_files import ImageFiles
 from .messages import (
     HostSetup,
     JobDone,
@@ -39,14 +40,12 @@ class Worker:
 
     Args:
         setup: What the runner sent to the host.
-        preparation: The engine's preparation. None only checks images, and copies them if the engine wants them
-            encoded.
+        preparation: The engine's preparation. None only checks images, and copies those whose source says so.
     """
 
     def __init__(self, setup: HostSetup, preparation: Preparation | None) -> None:
         self._preparation, self._limits = preparation, setup.limits
-        self._keep_encoded = setup.preparation is not None and setup.preparation.input == "encoded"
-        self._roots = [Path(root) for root in setup.limits.roots]
+        self._files = ImageFiles([Path(root) for root in setup.limits.roots], setup.limits.max_image_bytes)
         self._resize_target = preparation.resized_size if isinstance(preparation, Scaling) else None
         self._encoded, self._tensors = ArenaView(*setup.encoded), ArenaView(*setup.tensors)
 
@@ -91,10 +90,12 @@ class Worker:
         check_count(len(job.sources), self._limits.image)
         for number, source in enumerate(job.sources):
             data = self._read(source)
-            image, infos[number] = decode(data, self._limits.image, source.label, self._resize_target)
-            if self._keep_encoded:
-                arrays[f"image{number}"] = data
-            elif self._preparation is not None:
+            if self._preparation is None:
+                infos[number] = check(data, self._limits.image, source.label)
+                if source.is_copied:
+                    arrays[f"image{number}"] = data
+            else:
+                image, infos[number] = decode(data, self._limits.image, source.label, self._resize_target)
                 images.append(image)
         if self._preparation is None:
             return [arrays] * len(job.requests)
@@ -108,7 +109,7 @@ class Worker:
 
     def _read(self, source: Source) -> bytes:
         if source.file is not None:
-            return open_beneath(source.file.path, self._roots, self._limits.max_image_bytes)
+            return self._files.read(source.file)
         if source.extent is None:
             raise UnexpectedMessage(f"{source.label}: neither a file nor bytes in the arena")
         return bytes(self._encoded.at(source.extent))  # a copy, so that nobody changes it while it is read

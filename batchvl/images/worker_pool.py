@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -23,7 +22,7 @@ from ..config.units import enc_hook
 from ..errors import EngineLost, EngineUnavailable, PrepareCrashed, PrepareTimeout, RowError
 from ..ipc.arena import Arena
 from ..ipc.channel import AsyncConnection
-from ..ipc.spawn import ParentPipe, sanitized_env, spawn
+from ..ipc.spawn import ParentPipe, exit_reason, sanitized_env, spawn
 from ..types import Extent, Failure, Image, Request, Struct
 from .messages import (
     ForkWorker,
@@ -126,7 +125,8 @@ class _Space:
 
     def try_reserve(self, size: int) -> None:
         """Reserve space if there is some."""
-        self.extent = self._arena.reserve_now(size)
+        extents = self._arena.reserve_now([size])
+        self.extent = extents[0] if extents else None
 
     async def reserve(self, size: int) -> Extent:
         """Wait for space, in exchange for what is held: two jobs that wait while they hold some could wait forever.
@@ -343,19 +343,23 @@ class ImageWorkers:
         self._idle.put_nowait(worker)
 
     def _receive_from_host(self) -> None:
-        try:
-            data = self._control.recv(65536)
-        except (BlockingIOError, ConnectionResetError):
-            return  # a reset comes first if the host died with a message unread; its own messages or its end follow
-        if not data:
-            self._loop.remove_reader(self._control)
-            self._host_ended()
-            return
-        message: Any = msgspec.msgpack.decode(data, type=FromHost)
-        if isinstance(message, HostReady):
-            self._host_ready(message)
-        elif isinstance(message, WorkerExited):
-            self._worker_exited(message)
+        """Take all messages that are there: uvloop does not call this again after a reset."""
+        while True:
+            try:
+                data = self._control.recv(65536)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                continue  # it comes first if the host died with a message unread; its own messages and its end follow
+            if not data:
+                self._loop.remove_reader(self._control)
+                self._host_ended()
+                return
+            message: Any = msgspec.msgpack.decode(data, type=FromHost)
+            if isinstance(message, HostReady):
+                self._host_ready(message)
+            elif isinstance(message, WorkerExited):
+                self._worker_exited(message)
 
     def _host_ready(self, message: HostReady) -> None:
         if self._ready.done():
@@ -375,8 +379,7 @@ class ImageWorkers:
     def _host_ended(self) -> None:
         with suppress(subprocess.TimeoutExpired):
             self._host.wait(1)
-        code = self._host.returncode
-        reason = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        reason = exit_reason(self._host.returncode)
         self._lost = EngineLost(f"the host process of the image workers ended ({reason}); see its log")
         if not self._ready.done():
             self._ready.set_exception(self._lost)

@@ -70,6 +70,9 @@ class Arena(ArenaView):
         blocks: Number of blocks.
         block_bytes: Size of a block, a multiple of 4096.
 
+    Attributes:
+        free_blocks: Number of blocks that no extent holds.
+
     >>> async def example() -> int:
     ...     arena = Arena(blocks=8, block_bytes=4096)
     ...     [extent] = await arena.reserve([5000])
@@ -95,12 +98,8 @@ class Arena(ArenaView):
         self.blocks, self.block_bytes = blocks, block_bytes
         self._free: list[tuple[int, int]] = [(0, blocks)]  # (first block, count), sorted, never adjacent
         self._allocated: dict[int, int] = {}  # first block -> count
+        self.free_blocks = blocks
         self._waiters: deque[tuple[list[int], Sequence[int], asyncio.Future[list[Extent]]]] = deque()
-
-    @property
-    def free_blocks(self) -> int:
-        """Number of blocks that no extent holds."""
-        return sum(count for _, count in self._free)
 
     async def reserve(self, sizes: Sequence[int]) -> list[Extent]:
         """Wait until all of the extents fit, and allocate them.
@@ -135,10 +134,9 @@ class Arena(ArenaView):
                 self._wake_waiters()
             raise
 
-    def reserve_now(self, size: int) -> Extent | None:
-        """Allocate one extent without waiting. Return None if it does not fit or others are waiting."""
-        extents = None if self._waiters else self._allocate([self._blocks_for(size)], [size])
-        return extents[0] if extents else None
+    def reserve_now(self, sizes: Sequence[int]) -> list[Extent] | None:
+        """Allocate extents without waiting. Return None if they do not fit or others are waiting."""
+        return None if self._waiters else self._allocate([self._blocks_for(size) for size in sizes], sizes)
 
     def shrink(self, extent: Extent, length: int) -> Extent:
         """Free the blocks behind the first `length` bytes of an extent, and return the shorter extent.
@@ -189,11 +187,13 @@ class Arena(ArenaView):
             else:
                 self._free[index] = (first + count, free - count)
             self._allocated[first] = count
+            self.free_blocks -= count
             extents.append(Extent(first * self.block_bytes, size))
         return extents
 
     def _free_blocks(self, first: int, count: int) -> None:
         """Add a run of blocks to the free list, merged with the runs before and behind it."""
+        self.free_blocks += count
         index = bisect.bisect_left(self._free, (first, 0))
         if index < len(self._free) and self._free[index][0] == first + count:
             count += self._free.pop(index)[1]

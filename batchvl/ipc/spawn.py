@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -84,6 +85,47 @@ def spawn(
         stderr=log,
         process_group=0,  # only the runner handles a terminal's Ctrl-C
     )
+
+
+def spawn_with_socket(
+    module: str, parent_pipe: ParentPipe, fds: Sequence[int], environment: Mapping[str, str], log: IO[bytes]
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start `python -m module SOCKET PARENT_PIPE PARENT`: two file descriptors and the runner's process ID.
+
+    Args:
+        module: The module to run. It calls `watch_parent`.
+        parent_pipe: The runner's.
+        fds: Further file descriptors that the child inherits.
+        environment: Environment variables.
+        log: File for standard output and standard error.
+
+    Returns:
+        The process, and the runner's end of the socket.
+
+    Raises:
+        OSError: The process cannot be started.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        inherited = [theirs.fileno(), parent_pipe.fd]
+        try:
+            process = spawn(module, [*map(str, inherited), str(os.getpid())], [*inherited, *fds], environment, log)
+        except BaseException:
+            ours.close()
+            raise
+    return process, ours
+
+
+def exit_reason(code: int | None) -> str:
+    """Return how a process ended, in a few words.
+
+    Args:
+        code: As of `subprocess.Popen.returncode`.
+
+    >>> exit_reason(-9), exit_reason(1)
+    ('SIGKILL', 'exit code 1')
+    """
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 def die_with_parent(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""Manifests: the rows of Parquet, JSONL or CSV files, or of a directory of images."""
+"""Manifests: the rows of Parquet, JSONL, CSV or tar files, or of a directory of images."""
 
 from .manifest import Manifest, Schema
 

@@ -40,21 +40,22 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a column of this type has lists."""
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
 def _is_prompt(kind: pa.DataType) -> bool:
-    return _is_string(kind) or (_is_list(kind) and (_is_string(kind.value_type) or types.is_null(kind.value_type)))
+    return _is_string(kind) or (is_list(kind) and (_is_string(kind.value_type) or types.is_null(kind.value_type)))
 
 
 def _is_messages(kind: pa.DataType) -> bool:
-    return _is_string(kind) or (_is_list(kind) and types.is_struct(kind.value_type))
+    return _is_string(kind) or (is_list(kind) and types.is_struct(kind.value_type))
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    if _is_list(kind):
-        return not _is_list(kind.value_type) and (_is_image(kind.value_type) or types.is_null(kind.value_type))
+    if is_list(kind):
+        return not is_list(kind.value_type) and (_is_image(kind.value_type) or types.is_null(kind.value_type))
     if types.is_struct(kind):
         return any(field.name in ("bytes", "path") for field in kind)
     return _is_string(kind) or _is_binary(kind)

@@ -18,7 +18,8 @@ class Batches:
     """Every column of a manifest, by row.
 
     Parquet has the files' types. JSONL has types that hold for all values of a column (see `JsonTypes`). CSV has
-    strings, as has a directory of images, with the columns `id` and `image`.
+    strings, as has a directory of images, with the columns `id` and `image`. Tars have strings, and such types for what
+    is in their JSON.
 
     >>> manifest = Batches("manifests/shapes.parquet")
     >>> [len(batch.rows) for batch in manifest.read(range(2, 5))]

@@ -53,6 +53,33 @@ def number_images(messages: list[Any], column: list[ImageRef]) -> tuple[list[Any
     ], images
 
 
+def placeholders(messages: list[Any]) -> list[Any]:
+    """Return what `number_images` has numbered with placeholders instead: for the same images, in a column.
+
+    Images without a part, which go before the text, get placeholders before the first message of the user.
+
+    >>> placeholders([{"role": "user", "content": [{"type": "image", "image": 1}, {"type": "text", "text": "?"}]}])
+    [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'image'}, {'type': 'text', 'text': '?'}]}]
+    """
+    numbers = [part["image"] for message in messages for part in _parts(message) if _is_image(part)]
+    if not numbers:
+        return messages
+    replaced = [
+        {**message, "content": [_PLACEHOLDER if _is_image(part) else part for part in _parts(message)]}
+        if _parts(message)
+        else message
+        for message in messages
+    ]
+    at = next((at for at, message in enumerate(replaced) if message.get("role") == "user"), 0)
+    content = replaced[at].get("content")
+    text = [{"type": "text", "text": content}] if isinstance(content, str) else _parts(replaced[at])
+    replaced[at] = {**replaced[at], "content": [_PLACEHOLDER] * numbers[0] + text}
+    return replaced
+
+
+_PLACEHOLDER = {"type": "image"}
+
+
 def _parts(message: Any) -> list[Any]:
     content = message.get("content") if isinstance(message, dict) else None
     return content if isinstance(content, list) else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from ..config.options import ManifestOptions, flag
@@ -42,7 +42,11 @@ _DEFAULTS = {field.name: field.default for field in fields(ManifestOptions)}
 
 
 def choose_columns(
-    options: ManifestOptions, template: Iterable[str], available: tuple[str, ...], where: str
+    options: ManifestOptions,
+    template: Iterable[str],
+    available: tuple[str, ...],
+    where: str,
+    defaults: Mapping[str, str] | None = None,
 ) -> Columns:
     """Assign the available columns to roles.
 
@@ -55,11 +59,12 @@ def choose_columns(
         template: The columns that the prompt template names.
         available: The columns that the manifest has.
         where: The manifest, for error messages.
+        defaults: By option, the format's own columns for roles that no column has by its name.
 
     Raises:
         ManifestError: A named column does not exist. The message lists those that do.
     """
-    choice = _Choice(options, available, where)
+    choice = _Choice(options, available, where, defaults or {})
     prompt, messages = choice.prompts()
     images, image = choice.images()
     return Columns(
@@ -77,8 +82,10 @@ def choose_columns(
 class _Choice:
     """Looks up the columns that options name among those available."""
 
-    def __init__(self, options: ManifestOptions, available: tuple[str, ...], where: str) -> None:
-        self._options, self._available, self._where = options, available, where
+    def __init__(
+        self, options: ManifestOptions, available: tuple[str, ...], where: str, defaults: Mapping[str, str]
+    ) -> None:
+        self._options, self._available, self._where, self._defaults = options, available, where, defaults
 
     def prompts(self) -> tuple[str | None, str | None]:
         """Return the columns of prompts and of messages."""
@@ -94,14 +101,17 @@ class _Choice:
         """Return the column of images and the one that is read where the first is null."""
         if self._is_given("image_column"):
             return self.named("image_column"), None
-        return self._if_available("images"), self._if_available("image")
+        images, image = self._if_available("images"), self._if_available("image")
+        return images, image if images or image else self._defaults.get("image_column")
 
     def named(self, option: str) -> str | None:
         """Return the column that an option names; None if its default column does not exist."""
         name: str = getattr(self._options, option)
-        if name not in self._available and self._is_given(option):
+        if name in self._available:
+            return name
+        if self._is_given(option):
             raise self._missing(name, flag(option))
-        return self._if_available(name)
+        return self._defaults.get(option)
 
     def all_of(self, names: Iterable[str], source: str) -> tuple[str, ...]:
         """Return the names without repetitions. Each must exist."""

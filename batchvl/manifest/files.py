@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +13,34 @@ from typing import Literal
 
 from ..errors import ManifestError
 
-Format = Literal["parquet", "jsonl", "csv", "images"]
+Format = Literal["parquet", "jsonl", "csv", "webdataset", "images"]
 
 FORMAT_NOUNS: dict[Format, str] = {
     "parquet": "Parquet file",
     "jsonl": "JSONL file",
     "csv": "CSV file",
+    "webdataset": "tar file",
     "images": "image",
 }
 """One file of each format, in words."""
-MANIFEST_SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+MANIFEST_SUFFIXES: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tar": "webdataset",
+}
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-"""Suffixes that text formats may have after their own. Parquet compresses inside the file."""
+"""Suffixes that text formats may have after their own. Parquet compresses inside the file; tars must allow seeking."""
+_TEXT: tuple[Format, ...] = ("jsonl", "csv")
+_COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".mpo"),
         *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
     }
 )
-SUPPORTED = ".parquet, .jsonl, .ndjson or .csv (text also as .gz or .zst), or a directory of images"
+SUPPORTED = ".parquet, .jsonl, .ndjson or .csv (text also as .gz or .zst), .tar, or a directory of images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,8 @@ class Files:
     format: Format
     names: tuple[str, ...] | None
     """None: every image below the directory. It is walked on each iteration, since there may be millions."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the choice of these files."""
 
     def __iter__(self) -> Iterator[str]:
         """Yield the files' relative paths in order."""
@@ -53,7 +65,8 @@ def find_files(source: str | Path) -> Files:
     """Return the files that `source` names.
 
     A directory is searched with all its subdirectories, except names that begin with `_` or `.` and output directories
-    of batchvl. If it has both manifests and images, the manifests count: the images are what their rows refer to.
+    of batchvl. If it has both manifests and images, the manifests count: the images are what their rows refer to. So it
+    is with manifests and tars, unless each manifest is a Parquet file that belongs to a tar, as img2dataset writes it.
 
     Raises:
         ManifestError: Nothing is found, nothing of a known format, or manifests of several formats.
@@ -67,7 +80,8 @@ def find_files(source: str | Path) -> Files:
         if path.is_file():
             format = format_of(path.name)
             if format is None or format == "images":
-                raise ManifestError(f"{path}: not a manifest by its name; expected {SUPPORTED}")
+                hint = "decompress it first" if _COMPRESSED_TAR.search(path.name) else f"expected {SUPPORTED}"
+                raise ManifestError(f"{path}: not a manifest by its name; {hint}")
             return Files(path.parent, format, (path.name,))
         if path.is_dir():
             return _files_of_one_format(path, walk(path), f"{path}: the directory", lazy=True)
@@ -89,7 +103,7 @@ def format_of(name: str) -> Format | None:
         return "images"
     if suffix in COMPRESSED_SUFFIXES:
         format = MANIFEST_SUFFIXES.get(os.path.splitext(stem)[1])
-        return format if format != "parquet" else None
+        return format if format in _TEXT else None
     return MANIFEST_SUFFIXES.get(suffix)
 
 
@@ -155,9 +169,11 @@ def _files_of_one_format(directory: Path, names: Iterable[str], what: str, *, la
                 if not (lazy and images):
                     images.append(name)
             case None:
-                others.add(os.path.splitext(name)[1] or name)
+                compressed_tar = _COMPRESSED_TAR.search(name)
+                others.add(compressed_tar[0] if compressed_tar else os.path.splitext(name)[1] or name)
             case _:
                 manifests.append(name)
+    manifests, notes = _without_companions(manifests)
     formats = {name: format for name in manifests if (format := format_of(name)) is not None}
     if len(set(formats.values())) > 1:
         raise ManifestError(
@@ -165,8 +181,23 @@ def _files_of_one_format(directory: Path, names: Iterable[str], what: str, *, la
             f"such as {manifests[0]}); expected one: select it with a glob, such as 'directory/*.parquet'"
         )
     if manifests:
-        return Files(directory, formats[manifests[0]], tuple(manifests))
+        return Files(directory, formats[manifests[0]], tuple(manifests), notes)
     if images:
         return Files(directory, "images", None if lazy else tuple(images))
     found = ", ".join(sorted(others)[:5]) or "nothing"
+    if any(map(_COMPRESSED_TAR.search, others)):
+        raise ManifestError(f"{what} has compressed tars, but neither a manifest nor an image; decompress them first")
     raise ManifestError(f"{what} has neither a manifest nor an image; found {found}, expected {SUPPORTED}")
+
+
+def _without_companions(names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Return the manifests without the tars that they refer to, or the tars without their lists; and notes about it."""
+    tars = [name for name in names if format_of(name) == "webdataset"]
+    others = [name for name in names if format_of(name) != "webdataset"]
+    if not tars or not others:
+        return names, ()
+    stems = {os.path.splitext(name)[0] for name in tars}
+    if all(name.endswith(".parquet") and name.removesuffix(".parquet") in stems for name in others):
+        more = "the Parquet files next to them also list failed downloads; '*.parquet' has these as failed rows"
+        return tars, (f"only the tars are read: {more}",)
+    return others, (f"the tars next to {others[0]} are not read as manifests; its rows can name their members",)

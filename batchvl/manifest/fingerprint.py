@@ -12,15 +12,17 @@ from .files import Files
 
 ENDS = 2**20
 """Bytes at each end of a text file that are hashed."""
+_TAR_ENDS = 2**14
+"""The same of a tar: there may be tens of thousands."""
 _MAX_FOOTER = 2**30
 _NO_CONTENTS = blake2b(digest_size=16).digest()
 
 
 def fingerprint(files: Files) -> str:
-    """Return a blake2b hash over each file's relative path, size, and Parquet footer or first and last MiB of text.
+    """Return a blake2b hash over each file's relative path, size, and Parquet footer or both ends.
 
-    An image counts by its path and size alone. Neither modification times nor absolute paths count, so that a copied
-    or restored manifest is the same one.
+    Of text the first and last MiB count, of a tar the first and last 16 KiB. An image counts by its path and size
+    alone. Neither modification times nor absolute paths count, so that a copied or restored manifest is the same one.
 
     Raises:
         ManifestError: A file cannot be read.
@@ -34,21 +36,23 @@ def fingerprint(files: Files) -> str:
             if files.format == "images":
                 digest = _NO_CONTENTS
             else:
-                digest = _contents_digest(path, size, is_parquet=files.format == "parquet")
+                ends = None if files.format == "parquet" else _TAR_ENDS if files.format == "webdataset" else ENDS
+                digest = _contents_digest(path, size, ends)
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
         total.update(b"%s\0%d\0%s" % (os.fsencode(name), size, digest))
     return total.hexdigest()
 
 
-def _contents_digest(path: Path, size: int, *, is_parquet: bool) -> bytes:
+def _contents_digest(path: Path, size: int, ends: int | None) -> bytes:
+    """Return a hash of so many bytes at each end of a file; of its footer if that is None."""
     digest = blake2b(digest_size=16)
     with open(path, "rb") as file:
-        if is_parquet:
+        if ends is None:
             _hash_tail(digest, file, size, min(_footer_bytes(file, size), size))
         else:
-            digest.update(file.read(ENDS))
-            _hash_tail(digest, file, size, min(ENDS, max(0, size - ENDS)))
+            digest.update(file.read(ends))
+            _hash_tail(digest, file, size, min(ends, max(0, size - ends)))
     return digest.digest()
 
 

@@ -7,10 +7,11 @@ import re
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from ..errors import InvalidDataUri, InvalidRow, UnsupportedSource
-from ..types import FileImage, ImageRef, InlineImage, WebImage
+from ..errors import InvalidDataUri, InvalidRow, RowError, UnsupportedSource
+from ..types import URL_SCHEMES, FileImage, ImageRef, InlineImage, WebImage
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_URL = tuple(f"{scheme}://" for scheme in URL_SCHEMES)
 _WHITESPACE = b" \t\n\r\f\v"
 _MAX_MEDIA_TYPE = 60  # characters
 
@@ -37,21 +38,40 @@ def image_of(value: Any, where: str) -> ImageRef:
     WebImage(url='https://example.org/cat.jpg')
 
     Args:
-        value: A value from a cell, or from a part of a message.
+        value: A value from a cell, or from a part of a message. Readers may also give a reference of their own, or
+            the error why there is no image.
         where: Where the value was found, such as "images[2]", for error messages.
 
     Raises:
         InvalidRow: The value is of another type, or an empty string.
         InvalidDataUri: A data URI cannot be decoded.
         UnsupportedSource: The URL has a scheme that batchvl does not read.
+        RowError: The value itself.
     """
     if isinstance(value, str):
         return _from_text(value, where)
     if isinstance(value, bytes):
         return InlineImage(value, f"{where} ({len(value)} bytes)")
+    if isinstance(value, FileImage):
+        return value
+    if isinstance(value, RowError):
+        raise value
     if isinstance(value, dict) and not value.keys().isdisjoint(("bytes", "path")):
         return _from_struct(value.get("bytes"), value.get("path"), where)
     raise InvalidRow(f"{where}: found {_kind(value)}, expected a URL, a path, a data URI, bytes or {{bytes, path}}")
+
+
+def plain_value(cell: Any) -> Any:
+    """Return the value of a cell that is not read as an image: a reader's own references as paths, its error as None.
+
+    >>> plain_value(FileImage("a.tar#b.jpg", 512)), plain_value([FileImage("a.tar#b.jpg", 512)]), plain_value("text")
+    ('a.tar#b.jpg', ['a.tar#b.jpg'], 'text')
+    """
+    if isinstance(cell, FileImage):
+        return cell.path
+    if isinstance(cell, list) and cell and isinstance(cell[0], FileImage):
+        return [image.path for image in cell]
+    return None if isinstance(cell, RowError) else cell
 
 
 def _from_struct(data: Any, path: Any, where: str) -> ImageRef:
@@ -65,7 +85,7 @@ def _from_struct(data: Any, path: Any, where: str) -> ImageRef:
 
 def _from_text(text: str, where: str) -> ImageRef:
     head = text[:16].lstrip().lower()
-    if head.startswith(("http://", "https://")):
+    if head.startswith(_URL):
         return WebImage(text.strip())
     if head.startswith("data:"):
         return InlineImage(*decode_data_uri(text))
@@ -78,7 +98,8 @@ def _from_text(text: str, where: str) -> ImageRef:
         return FileImage(text)
     if scheme[1].lower() == "file":
         return _from_file_url(text[scheme.end() :], where)
-    raise UnsupportedSource(f"{where}: {scheme[1]}:// is not supported; expected http, https, file, data or a path")
+    expected = ", ".join(URL_SCHEMES)
+    raise UnsupportedSource(f"{where}: {scheme[1]}:// is not supported; expected {expected}, file, data or a path")
 
 
 def _from_file_url(rest: str, where: str) -> FileImage:

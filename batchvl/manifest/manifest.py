@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,10 +15,12 @@ from ..config.units import Shard
 from ..errors import ManifestError
 from ..prompts.template import quote_names, template_columns
 from ..types import Row
+from .arrow import is_list
 from .columns import Columns, choose_columns
 from .files import Files, find_files
 from .fingerprint import fingerprint
-from .readers import READERS, Reader
+from .json_types import JSON
+from .readers import Reader, open_reader
 from .readers.text import EVERY_ROW
 from .rows import IdType, RowMaker
 
@@ -51,7 +53,9 @@ class Manifest:
             print(rows[0].number, rows[0].prompt)
     """
 
-    def __init__(self, files: Files, reader: Reader, columns: Columns, options: ManifestOptions) -> None:
+    def __init__(
+        self, files: Files, reader: Reader, columns: Columns, options: ManifestOptions, typed: pa.Schema | None = None
+    ) -> None:
         self.directory = files.directory
         """Images' relative paths are relative to this directory."""
         self.fingerprint: str = fingerprint(files)
@@ -59,7 +63,9 @@ class Manifest:
         self.files = files
         self.roles = columns
         """The columns that are read, by role."""
-        self._reader, self._options = reader, options
+        self.has_image_lists = True
+        """Whether a row of the image column can have several images. Known if the manifest was opened as a whole."""
+        self._reader, self._options, self._typed = reader, options, typed
 
     @classmethod
     def open(cls, source: str | Path, options: ManifestOptions, prompt: PromptOptions) -> Manifest:
@@ -70,12 +76,12 @@ class Manifest:
                 the prompt template names is missing or has a wrong type.
         """
         files = find_files(source)
-        reader = READERS[files.format](files)
+        reader = open_reader(files)
         names = reader.available
         if options.prompt_column in names:
             names = tuple(dict.fromkeys((*names, "prompt")))
         template = template_columns(prompt.prompt, names) if prompt.prompt is not None else ()
-        columns = choose_columns(options, template, reader.available, str(source))
+        columns = choose_columns(options, template, reader.available, str(source), reader.default_columns)
         if not columns.has_prompts and not columns.images and not columns.image and not template:
             raise ManifestError(
                 f"{source}: neither prompts nor images; the columns are {quote_names(reader.available)}; expected "
@@ -85,15 +91,42 @@ class Manifest:
         reader.bind(columns)
         return cls(files, reader, columns, options)
 
+    @classmethod
+    def open_whole(cls, source: str | Path, options: ManifestOptions) -> Manifest:
+        """Open a manifest as `open` does, and keep every column except those of the images, typed as in `Batches`.
+
+        All rows of JSONL are read.
+
+        Raises:
+            ManifestError: As for `open`; or a column has values that no type holds.
+        """
+        files = find_files(source)
+        reader = open_reader(files)
+        schema = reader.schema()
+        reader.available = tuple(schema.names)
+        columns = choose_columns(options, (), reader.available, str(source), reader.default_columns)
+        kept = [name for name in schema.names if name not in (columns.images, columns.image)]
+        columns = replace(columns, keep=tuple(kept))
+        reader.bind(columns)
+        manifest = cls(files, reader, columns, options, pa.schema([schema.field(name) for name in kept]))
+        cells = [schema.field(name) for name in (columns.images, columns.image) if name in schema.names]
+        manifest.has_image_lists = reader.has_json_lists or any(is_list(f.type) or f.metadata == JSON for f in cells)
+        return manifest
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the files; for JSONL, those of the first rows."""
         return self._reader.available
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about how the files are read."""
+        return (*self.files.notes, *self._reader.notes)
+
+    @property
     def schema(self) -> Schema:
         """The columns that the output takes from the manifest."""
-        return Schema(self._reader.id_type, self._reader.kept)
+        return Schema(self._reader.id_type, self._reader.kept if self._typed is None else self._typed)
 
     @property
     def total(self) -> int | None:
@@ -143,7 +176,7 @@ class Manifest:
         for number, id in self._ids():
             if hash(id) in suspects and seen.setdefault(id, number) != number:
                 raise ManifestError(
-                    f"column {self._options.id_column!r}: rows {seen[id]} and {number} (from 0) have the same id "
+                    f"column {self.roles.id!r}: rows {seen[id]} and {number} (from 0) have the same id "
                     f"{id!r:.80}; expected unique ids, or another column with --id-column"
                 )
 
@@ -180,7 +213,8 @@ class Manifest:
 
     def _rows(self, numbers: range, skip: Container[int]) -> Iterator[list[Row]]:
         reader = self._reader
-        maker = RowMaker(self.roles, reader.id_type, json_lists=reader.has_json_lists, keep_text=reader.is_text)
+        keep_text = reader.is_text and self._typed is None
+        maker = RowMaker(self.roles, reader.id_type, json_lists=reader.has_json_lists, keep_text=keep_text)
         make = maker.row
         for chunk in reader.chunks(self.roles.names, numbers, skip):
             yield [make(number, cells) for number, cells in chunk]

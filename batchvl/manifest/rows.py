@@ -12,7 +12,7 @@ from ..errors import InvalidMessages, InvalidRow, RowError
 from ..types import Failure, ImageRef, Row
 from .chat_images import number_images
 from .columns import Columns
-from .image_refs import images_of
+from .image_refs import images_of, plain_value
 
 IdType = Literal["int64", "string"]
 
@@ -69,7 +69,7 @@ class RowMaker:
             messages,
             tuple(images),
             generation,
-            {name: cells[at] for name, at in self._template} if self._template else {},
+            {name: plain_value(cells[at]) for name, at in self._template} if self._template else {},
             {name: self._kept(cells[at]) for name, at in self._keep} if self._keep else {},
             failure,
         )
@@ -122,7 +122,8 @@ class RowMaker:
             cell = _parse_json(cell, column, InvalidRow)
         return images_of(cell, column)
 
-    def _kept(self, value: Any) -> Any:
+    def _kept(self, cell: Any) -> Any:
+        value = plain_value(cell)
         if not self._keep_text or value is None or type(value) is str:
             return value
         return json.dumps(value, ensure_ascii=False)

@@ -55,7 +55,7 @@ def default_output(source: str) -> str:
     elif path.name in ("", ".."):
         path = Path(os.path.abspath(path))
     name = path.name
-    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".ndjson", ".csv"):
+    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".ndjson", ".csv", ".tar"):
         name = name.removesuffix(suffix)
     return str(path.with_name(f"{name.strip('_-.') or 'manifest'}-batchvl"))
 

@@ -80,8 +80,7 @@ def write(
     outcomes = Outcomes.of((entry.row, entry.code if entry.failed else None) for entry in chosen)
     yield None
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    file = BufferedFile(disk, temporary)
+    file = BufferedFile(disk, path.with_name(f".{path.name}.tmp"))
     try:
         writer = pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True, use_dictionary=DICTIONARY)
         for group in _slices(chosen, GROUP_ROWS, GROUP_BYTES):
@@ -93,13 +92,10 @@ def write(
             yield None
         writer.add_key_value_metadata(footer(journal, outcomes, metadata))
         writer.close()
-        file.finish()
-        disk.rename(temporary, path)
+        file.publish(path)
     except BaseException:
         file.abandon()
-        disk.discard(temporary)
         raise
-    disk.sync_directory(path.parent)
     yield outcomes.counts()
 
 

@@ -180,9 +180,9 @@ def to_batch(records: Sequence[Record], schema: pa.Schema) -> pa.RecordBatch:
                 pa.array([None if id is None else str(id) for id in (record.id for record in records)], field.type)
             )
         elif field.name in COLUMNS:
-            columns.append(_to_array(field, [getattr(record, field.name) for record in records]))
+            columns.append(to_array(field, [getattr(record, field.name) for record in records]))
         else:
-            columns.append(_to_array(field, [record.kept.get(field.name) for record in records]))
+            columns.append(to_array(field, [record.kept.get(field.name) for record in records]))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -198,7 +198,8 @@ def _images(image_lists: list[list[Image]]) -> pa.Array:
     )
 
 
-def _to_array(field: pa.Field, values: list[Any]) -> pa.Array:
+def to_array(field: pa.Field, values: list[Any]) -> pa.Array:
+    """Return the values of a column; null in place of one that is not of its type."""
     try:
         return pa.array(values, field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):

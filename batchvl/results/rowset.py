@@ -88,6 +88,9 @@ class RowSet:
         difference -= other
         return difference
 
+    def __and__(self, other: RowSet) -> RowSet:
+        return self - (self - other)
+
     def missing(self, rows: range) -> Iterator[int]:
         """Yield the rows of a range (step 1) that are not in the set, in order. Skips runs of present rows quickly."""
         row, end = rows.start, min(len(self._bits), (rows.stop + 7 >> 3) - self._first)

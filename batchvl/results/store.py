@@ -46,6 +46,8 @@ class ResultStore:
     """The rows that earlier attempts recorded, ok and failed; does not grow with this attempt's rows."""
     counts: Counts
     """The number of these rows, by outcome."""
+    outcomes: Outcomes
+    """What earlier attempts recorded, of all rows."""
     retry_rows: RowSet | None
     """In a retry, the rows to retry. These are neither in `done` nor counted; all other rows before the last are."""
 
@@ -57,9 +59,10 @@ class ResultStore:
         done: RowSet,
         counts: Counts,
         retry_rows: RowSet | None,
+        outcomes: Outcomes,
     ) -> None:
         self._run_file, self._attempt, self._writer = run_file, attempt, writer
-        self.done, self.counts, self.retry_rows = done, counts, retry_rows
+        self.done, self.counts, self.retry_rows, self.outcomes = done, counts, retry_rows, outcomes
 
     @classmethod
     def open(
@@ -109,7 +112,7 @@ class ResultStore:
         done, counts, retry_rows = outcomes.rows(), outcomes.counts(), None
         if retry is not None:
             done, counts, retry_rows = _select_retry(retry, attempt.retry, recovered, outcomes)
-        return cls(run_file, attempt, writer, done, counts, retry_rows)
+        return cls(run_file, attempt, writer, done, counts, retry_rows, outcomes)
 
     @property
     def complete(self) -> bool:
@@ -158,6 +161,16 @@ class ResultStore:
             self._attempt.heartbeat(total)
         except (OSError, BatchvlError):
             pass  # the next commit or part reports the failure
+
+    def reopen(self, rows: RowSet) -> None:
+        """Take rows out of `done` and `counts`, since they are recorded once more."""
+        counted = rows if self.retry_rows is None else rows - self.retry_rows
+        self.counts.ok -= len(counted & self.outcomes.ok)
+        for code, failed in self.outcomes.failed.items():
+            if again := len(counted & failed):
+                self.counts.failed[code] -= again
+        self.counts.failed = {code: number for code, number in self.counts.failed.items() if number}
+        self.done -= rows
 
     def add(self, record: Record) -> None:
         """Add a row's result. Takes microseconds and never waits; `on_commit` reports when it is durable.

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -183,23 +183,28 @@ class _Measurement(RunObserver):
         requests: list[Request] = []
         images = stages.images
         arena = images.tensors
-        async for rows in group_by_images(_first_rows(stages.manifest, self._options), self._options.image.look_ahead):
-            if arena.free_blocks <= arena.blocks * (1 - _ARENA_SHARE):
-                break
-            try:
-                if not rows[0].images and not stages.engine.prepares_text:
-                    requests += map(images.request, rows)
+        groups = group_by_images(_first_rows(stages.manifest, self._options), self._options.image.look_ahead)
+        async with aclosing(images.fetch_ahead(groups)) as fetched_groups:
+            async for group in fetched_groups:
+                rows = group.rows
+                for row in rows:
+                    images.inline_budget.release(row.inline_bytes)
+                if arena.free_blocks <= arena.blocks * (1 - _ARENA_SHARE):
+                    break
+                try:
+                    if not rows[0].images and not stages.engine.prepares_text:
+                        requests += map(images.request, rows)
+                        continue
+                    prepared = images.prepare_group(group)
+                    for _ in rows:
+                        stack.callback(prepared.release)
+                    async with asyncio.timeout(self._options.image.prepare_timeout):
+                        ready = await prepared.get()
+                except (RowError, RowFailed):
                     continue
-                prepared = images.prepare_group(rows)
-                for _ in rows:
-                    stack.callback(prepared.release)
-                async with asyncio.timeout(self._options.image.prepare_timeout):
-                    group = await prepared.get()
-            except (RowError, RowFailed):
-                continue
-            except TimeoutError:  # a large row waits for memory that earlier ones hold
-                break
-            requests += (request for request in group.requests.values() if isinstance(request, Request))
+                except TimeoutError:  # a large row waits for memory that earlier ones hold
+                    break
+                requests += (request for request in ready.requests.values() if isinstance(request, Request))
         return requests
 
 

@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 from tqdm import tqdm
 
@@ -80,6 +81,8 @@ class Progress:
         quiet: Show nothing.
     """
 
+    starting: ClassVar[str] = "starting the engine"
+
     def __init__(self, expected: Callable[[], int | None], before: Counts, *, quiet: bool = False) -> None:
         self.started = time.monotonic()
         self.committed = Counts()
@@ -87,7 +90,7 @@ class Progress:
         self.images = self.input_tokens = self.output_tokens = 0
         self.examples: dict[str, str] = {}
         """The first failure of each error code, with its row."""
-        self._expected, self._before, self._quiet = expected, before, quiet
+        self._expected, self.before, self._quiet = expected, before, quiet
         self._stage_seconds: Counter[str] = Counter()
         self._up_at: float | None = None
         self._wait_share: Callable[[], float] = lambda: 0.0
@@ -99,10 +102,10 @@ class Progress:
                 unit=" rows",
                 dynamic_ncols=True,
                 smoothing=0.05,
-                desc="starting the engine",
+                desc=self.starting,
             )
 
-    def engine_up(self, wait_share: Callable[[], float]) -> None:
+    def engine_up(self, wait_share: Callable[[], float] = lambda: 0.0) -> None:
         """Show rates from now on.
 
         Args:
@@ -132,14 +135,14 @@ class Progress:
             if self._bar is not None:
                 self._bar.total = self._expected()
                 self._bar.set_description_str(refresh=False)
-                self._bar.set_postfix_str(self._rates(), refresh=False)
+                self._bar.set_postfix_str(self.rates(), refresh=False)
                 self._bar.update(counts.rows)
 
     async def tick(self) -> None:
         """Write a line every LOG_SECONDS if there is no terminal, even if no rows are committed. Runs for ever."""
         while True:
             await asyncio.sleep(LOG_SECONDS)
-            if self._bar is None and self._before.rows + self.committed.rows != self._expected():
+            if self._bar is None and self.before.rows + self.committed.rows != self._expected():
                 self.write(self._line())
 
     def write(self, text: str) -> None:
@@ -165,7 +168,7 @@ class Progress:
     def leading_failures(self, count: int = 3) -> str:
         """Return the most frequent error codes, also of earlier runs, each with its number of rows and an example."""
         total = Counts()
-        total.add(self._before)
+        total.add(self.before)
         total.add(self.committed)
         causes = Counter(total.failed).most_common(count)
         examples = {code: f", such as {example}" for code, example in self.examples.items()}
@@ -183,23 +186,47 @@ class Progress:
         waiting = max(0.0, self._stage_seconds["row"] - sum(stages.values()))
         return {name: round(seconds / rows, 6) for name, seconds in {**stages, "waiting": waiting}.items()}
 
-    def _rates(self) -> str:
-        seconds = self._up_seconds()
+    def rates(self) -> str:
+        """Return the rates since the engine was up, and the failures."""
+        seconds = self.up_seconds()
         parts = [f"{self.output_tokens / seconds:,.0f} tokens/s"]
         if self.images:
             parts.insert(0, f"{self.images / seconds:,.1f} images/s")
-        failed = self._before.failures + self.committed.failures
+        failed = self.before.failures + self.committed.failures
         return ", ".join([*parts, f"{failed:,} failed", f"engine waiting {self._wait_share():.0%}"])
 
-    def _up_seconds(self) -> float:
+    def up_seconds(self) -> float:
+        """Return the seconds over which rates are taken."""
         return max(time.monotonic() - (self._up_at or self.started), 1e-9)
 
     def _line(self) -> str:
         if self._up_at is None:
-            return f"starting the engine ({Bar.format_interval(int(self.seconds))} so far)"
-        done, total = self._before.rows + self.committed.rows, self._expected()
-        rate = self.committed.rows / self._up_seconds()
+            return f"{self.starting} ({Bar.format_interval(int(self.seconds))} so far)"
+        done, total = self.before.rows + self.committed.rows, self._expected()
+        rate = self.committed.rows / self.up_seconds()
         of, left = f" of {total:,}" if total is not None else "", ""
         if total is not None and rate > 0:
             left = f", {Bar.format_interval(int((total - done) / rate))} left"
-        return f"{done:,}{of} rows, {rate:,.1f} rows/s, {self._rates()}{left}"
+        return f"{done:,}{of} rows, {rate:,.1f} rows/s, {self.rates()}{left}"
+
+
+class FetchProgress(Progress):
+    """The progress of a fetch. Its rows are on disk only once their file is complete; its images count before that."""
+
+    starting = "starting to fetch"
+
+    def __init__(self, expected: Callable[[], int | None], before: Counts, *, quiet: bool = False) -> None:
+        super().__init__(expected, before, quiet=quiet)
+        self.bytes = 0
+        """Bytes of the images."""
+
+    def add_images(self, sizes: Sequence[int]) -> None:
+        """Count the images of a row, by their bytes."""
+        self.images += len(sizes)
+        self.bytes += sum(sizes)
+
+    def rates(self) -> str:
+        seconds = self.up_seconds()
+        failed = self.before.failures + self.committed.failures
+        speed = f"{self.images / seconds:,.1f} images/s, {self.bytes / seconds / 1e6:,.1f} MB/s"
+        return f"{self.images:,} images fetched, {speed}, {failed:,} failed"

@@ -1,4 +1,4 @@
-"""The core loop of a run: manifest -> fetch -> prepare -> engine -> journal, with one task per row."""
+"""The core loop of a run: manifest -> fetch -> prepare -> engine -> journal, with one task per fetched row."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
 from typing import NamedTuple
 
-from ..concurrency import SharedTask
+from ..concurrency import SharedTask, main_error
 from ..config.options import RunOptions
 from ..errors import BatchvlError, EngineCrashed, EngineLost, GaveUpWaiting, RowError
-from ..images.grouping import group_by_images
+from ..images.fetch_ahead import FetchedGroup
 from ..images.pipeline import ImagePipeline, PreparedGroup, image_stubs
 from ..images.worker_pool import RowFailed
 from ..results import Record, ResultStore
 from ..serving.exits import EngineExited
 from ..serving.pool import ReplicaPool
 from ..types import Failure, Image, Response, Row
+from .passes import Passes, ReadRows
 from .poison import PoisonBisector, PoisonRow
 from .progress import Progress
 
 MIN_IN_FLIGHT = 256
-"""Rows between manifest and journal, even for an engine that holds few."""
+"""Rows between fetch and journal, even for an engine that holds few."""
 WAITING_ROWS = 4096
 """Rows that may wait for a retry before no more are admitted."""
 RETRY_SECONDS = 0.5
@@ -89,20 +91,25 @@ class Scheduler:
         self.stopped: BatchvlError | None = None
         """Why no more rows are admitted, once that is so."""
 
-    async def run(self, rows: AsyncIterator[Row]) -> None:
+    async def run(self, read: ReadRows) -> None:
         """Process all rows, then those over which the engine died, in smaller and smaller groups.
 
         Returns early if stopped. Raises a BatchvlError if the run cannot continue.
+
+        Args:
+            read: Reads the rows of a set; None is all that are left.
         """
         watch = asyncio.create_task(self._watch_engine())
-        groups = group_by_images(rows, self._options.image.look_ahead)
         exhausted = False
         try:
-            while not exhausted and self.stopped is None:
-                exhausted = await self._run_phase(groups)
-                while group := self._suspects.next_group():
-                    with self._engine.single_replica():
-                        await self._run_phase(_one_by_one(group))
+            passes = Passes(self._images, read, self._options.image.look_ahead)
+            async with aclosing(passes.fetched()) as groups:
+                while not exhausted and self.stopped is None:
+                    exhausted = await self._run_phase(groups)
+                    while suspects := self._suspects.next_group():
+                        with self._engine.single_replica():
+                            async with aclosing(self._images.fetch_ahead(_one_by_one(suspects), is_urgent=True)) as few:
+                                await self._run_phase(few)
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)  # the rows have raised what it raises
@@ -129,7 +136,7 @@ class Scheduler:
                     task.cancel()
         return self._engine.in_flight
 
-    async def _run_phase(self, groups: AsyncIterator[list[Row]]) -> bool:
+    async def _run_phase(self, groups: AsyncIterator[FetchedGroup]) -> bool:
         """Process rows until there are no more, or too many suspects. Return whether there are no more."""
         self._all_admitted = False
         self._gave_up.clear()
@@ -137,7 +144,7 @@ class Scheduler:
             async with asyncio.TaskGroup() as tasks:
                 self._intake = intake = tasks.create_task(self._admit(groups, tasks))
         except BaseExceptionGroup as group:
-            error = _main_error(group)
+            error = main_error(group)
             if self.stopped is not None and isinstance(error, EngineLost):
                 error = self.stopped  # the engine was killed after its grace
             raise error from None
@@ -150,17 +157,16 @@ class Scheduler:
             self._engine.note_progress()
         return not intake.cancelled() and intake.result()
 
-    async def _admit(self, groups: AsyncIterator[list[Row]], tasks: asyncio.TaskGroup) -> bool:
+    async def _admit(self, groups: AsyncIterator[FetchedGroup], tasks: asyncio.TaskGroup) -> bool:
         """Start a task for each row as slots become free. Return False if it stopped because of the suspects."""
-        async for rows in groups:
+        async for group in groups:
             while self._waiting >= WAITING_ROWS:  # here, where no slot is held: the waiting rows need slots
                 self._fewer_waiting.clear()
                 await self._fewer_waiting.wait()
-            for row in rows:  # all slots first: no row holds images while it waits for a slot
-                await self._images.inline_budget.acquire(row.inline_bytes)
+            for _ in group.rows:
                 await self._slots.acquire()
-            prepared = self._images.prepare_group(rows)
-            for row in rows:
+            prepared = self._images.prepare_group(group)
+            for row in group.rows:
                 self._tasks[row.number] = tasks.create_task(self._process_row(row, prepared))
             if self._suspects.full:
                 return False
@@ -168,7 +174,7 @@ class Scheduler:
         return True
 
     async def _process_row(self, row: Row, prepared: SharedTask[PreparedGroup]) -> None:
-        """Take one row from the manifest to the journal. Its slot and inline bytes are acquired."""
+        """Take one fetched row to the journal. Its slot and inline bytes are acquired."""
         started = time.monotonic()
         slot = Slot(self._slots)
         try:
@@ -189,7 +195,7 @@ class Scheduler:
             del self._tasks[row.number]
 
     async def _attempt(self, row: Row, prepared: SharedTask[PreparedGroup]) -> Outcome:
-        """Take a row through the stages: fetch, prepare, engine. A failure in any of them is its response."""
+        """Take a row through the stages after the fetch: prepare, engine. A failure in any of them is its response."""
         self._attempting += 1
         try:
             if row.failure is not None:
@@ -225,9 +231,10 @@ class Scheduler:
                 await self._pause(attempts)
                 if self._gave_up.is_set():
                     return _give_up(outcome), attempts
+                group = await self._images.fetch(row)  # before it takes a slot, as the other rows
                 await slot.acquire()
                 attempts += 1
-                outcome = await self._attempt(row, self._images.prepare_group([row]))
+                outcome = await self._attempt(row, self._images.prepare_group(group))
         finally:
             self._waiting -= 1
             self._fewer_waiting.set()
@@ -260,7 +267,7 @@ class Scheduler:
     async def _watch_engine(self) -> None:
         """Admit as many rows as the engines hold, once they are up; give up on rows that keep them waiting."""
         info = await self._engine.started()
-        slots = 2 * info.rows * info.replicas + self._options.fetch.fetch_concurrency
+        slots = 2 * info.rows * info.replicas
         for _ in range(slots - MIN_IN_FLIGHT):
             self._slots.release()
         while True:
@@ -302,17 +309,3 @@ def _record(row: Row, outcome: Outcome, attempts: int, seconds: float) -> Record
         seconds=seconds,
         kept=row.kept,
     )
-
-
-def _main_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the error that ended a group of tasks: a BatchvlError, if there is one."""
-    leaves = list(_leaves(group))
-    return next((error for error in leaves if isinstance(error, BatchvlError)), leaves[0])
-
-
-def _leaves(error: BaseException) -> Iterable[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from ..errors import BatchvlError, StoppedEarly
 from ..hardware.slurm import kill_wait
@@ -99,8 +98,11 @@ class Stopper:
             self._stop_stage = previous
 
     @contextmanager
-    def cancel_task(self, task: asyncio.Task[Any]) -> Iterator[None]:
-        """Cancel the task, once, if the run is stopped inside the `with`."""
+    def cancel_task(self) -> Iterator[None]:
+        """Cancel the current task, once, if the run is stopped inside the `with`."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("no task to cancel")
 
         def cancel(reason: BatchvlError, grace: float) -> str:
             self._stop_stage = _nothing_to_stop
@@ -147,4 +149,4 @@ class Stopper:
 
 
 def _nothing_to_stop(reason: BatchvlError, grace: float) -> str:
-    return "all rows are answered; writing the results"
+    return "all rows are done; writing the results"

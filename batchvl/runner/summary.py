@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
+from ..config.units import pluralize
 from ..engines.base import EngineInfo
 from ..results.record import Counts
-from .progress import Progress
+from .progress import FetchProgress, Progress
 
 
 class EngineUse(NamedTuple):
@@ -32,8 +33,8 @@ class _End(msgspec.Struct):
     exit_code: int
 
 
-class Summary(msgspec.Struct):
-    """The end of a run; `batchvl.run` returns it. Seconds are of this run, counts are of the whole shard."""
+class Ending(msgspec.Struct, kw_only=True):
+    """What the summaries of a run and of a fetch have in common. Seconds are of this attempt, counts of the shard."""
 
     manifest: str
     output: str
@@ -56,18 +57,6 @@ class Summary(msgspec.Struct):
     rows_per_second: float
     images: int
     images_per_second: float
-    output_tokens: int
-    tokens_per_second: float
-    mean_seconds: dict[str, float]
-    """Mean seconds of a row in each stage (fetch, prepare, engine) and between them (waiting)."""
-    engine_seconds: float
-    """Seconds for which the engine was up, from its first rows to its last answer."""
-    gpu_wait: float
-    """Share of `engine_seconds`, 0 to 1, in which the engine was short of rows."""
-    engine_deaths: int
-    engine_restarts: int
-    """Number of times that the engine was restarted because its memory had grown."""
-    engine: EngineInfo | None = None
     message: str = ""
     """The reason for an exit code other than 0."""
 
@@ -85,7 +74,8 @@ class Summary(msgspec.Struct):
             return False
         return (end.rows, end.exit_code) == (self.rows, self.exit_code)
 
-    def __str__(self) -> str:
+    def counts(self) -> list[str]:
+        """Return the counts as lines of text."""
         of = f" of {self.expected:,}" if self.expected is not None and self.expected > self.rows else ""
         lines = [f"{self.rows:,}{of} rows done: {self.ok:,} ok, {self.failed:,} failed"]
         examples = {code: f", such as {example}" for code, example in self.examples.items()}
@@ -95,6 +85,27 @@ class Summary(msgspec.Struct):
             lines.append("all rows were done before this run: nothing left to do")
         elif self.resumed:
             lines.append(f"{self.resumed:,} of them were done before this run")
+        return lines
+
+
+class Summary(Ending, kw_only=True):
+    """The end of a run; `batchvl.run` returns it. Seconds are of this run, counts are of the whole shard."""
+
+    output_tokens: int
+    tokens_per_second: float
+    mean_seconds: dict[str, float]
+    """Mean seconds of a row in each stage (fetch, prepare, engine) and between them (waiting)."""
+    engine_seconds: float
+    """Seconds for which the engine was up, from its first rows to its last answer."""
+    gpu_wait: float
+    """Share of `engine_seconds`, 0 to 1, in which the engine was short of rows."""
+    engine_deaths: int
+    engine_restarts: int
+    """Number of times that the engine was restarted because its memory had grown."""
+    engine: EngineInfo | None = None
+
+    def __str__(self) -> str:
+        lines = self.counts()
         if self.rows > self.resumed:
             images = f"{self.images_per_second:,.1f} images/s, " if self.images else ""
             rates = f"{self.rows_per_second:,.1f} rows/s, {images}{self.tokens_per_second:,.0f} tokens/s"
@@ -116,47 +127,47 @@ class Summary(msgspec.Struct):
         return "\n".join(lines)
 
 
+class FetchSummary(Ending, kw_only=True):
+    """The end of a fetch; `batchvl.fetch` returns it. Seconds are of this fetch, counts are of the whole shard."""
+
+    bytes: int
+    """Bytes of the images."""
+    bytes_per_second: float
+    files: int
+    """Files of images that the shard has."""
+
+    def __str__(self) -> str:
+        lines = self.counts()
+        if self.rows > self.resumed:
+            rates = f"{self.images_per_second:,.1f} images/s, {self.bytes_per_second / 1e6:,.1f} MB/s"
+            lines.append(f"{self.seconds:,.1f} s: {self.images:,} images, {self.bytes / 1e6:,.1f} MB; {rates}")
+        if self.message:
+            lines.append(self.message)
+        lines.append(f"output: {pluralize(self.files, 'file')} of images in {self.output}")
+        if self.results:
+            lines.append(f"each row with its file, or why it has none: {self.results}")
+        return "\n".join(lines)
+
+
 def summarise(
-    progress: Progress,
-    before: Counts,
-    engine: EngineUse,
-    *,
-    manifest: str,
-    output: str,
-    expected: int | None,
-    results: str | None,
+    progress: Progress, engine: EngineUse, *, manifest: str, output: str, expected: int | None, results: str | None
 ) -> Summary:
     """Return the summary of a run with exit code 0.
 
     Args:
         progress: What the run has counted.
-        before: Counts of the rows that earlier runs finished.
         engine: What the run's engine was, and how it was used.
         manifest: The manifest as the user named it.
         output: The output directory.
         expected: Rows of the shard, if known.
         results: The merged file, if there is one.
     """
-    total = Counts()
-    total.add(before)
-    total.add(progress.committed)
     seconds = max(progress.seconds, 1e-9)
     return Summary(
         manifest=manifest,
         output=output,
         results=results,
-        exit_code=0,
-        rows=total.rows,
-        ok=total.ok,
-        failed=total.failures,
-        failures=total.failed,
-        examples=progress.examples,
-        resumed=before.rows,
         expected=expected,
-        seconds=round(seconds, 3),
-        rows_per_second=round(progress.committed.rows / seconds, 3),
-        images=progress.images,
-        images_per_second=round(progress.images / seconds, 3),
         output_tokens=progress.output_tokens,
         tokens_per_second=round(progress.output_tokens / seconds, 3),
         mean_seconds=progress.mean_seconds(),
@@ -165,7 +176,51 @@ def summarise(
         engine_deaths=engine.deaths,
         engine_restarts=engine.recycled,
         engine=engine.info,
+        **_counted(progress, seconds),
     )
+
+
+def summarise_fetch(
+    progress: FetchProgress, files: int, *, manifest: str, output: str, expected: int | None, results: str | None
+) -> FetchSummary:
+    """Return the summary of a fetch with exit code 0.
+
+    Args:
+        files: Files of images that the shard has.
+
+    The other arguments are those of `summarise`.
+    """
+    seconds = max(progress.seconds, 1e-9)
+    return FetchSummary(
+        manifest=manifest,
+        output=output,
+        results=results,
+        expected=expected,
+        bytes=progress.bytes,
+        bytes_per_second=round(progress.bytes / seconds, 3),
+        files=files,
+        **_counted(progress, seconds),
+    )
+
+
+def _counted(progress: Progress, seconds: float) -> dict[str, Any]:
+    """Return the fields of `Ending` that are counts or follow from them."""
+    total = Counts()
+    total.add(progress.before)
+    total.add(progress.committed)
+    return {
+        "exit_code": 0,
+        "rows": total.rows,
+        "ok": total.ok,
+        "failed": total.failures,
+        "failures": total.failed,
+        "examples": progress.examples,
+        "resumed": progress.before.rows,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(progress.committed.rows / seconds, 3),
+        "images": progress.images,
+        "images_per_second": round(progress.images / seconds, 3),
+    }
 
 
 def _times(count: int) -> str:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import gc
-import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 
 from ..engines.base import Engine
@@ -22,35 +20,15 @@ from ..engines.registry import ENGINE_TYPES
 from ..errors import UsageError
 from ..ipc.arena import ArenaView
 from ..ipc.channel import AsyncConnection
+from ..ipc.notes import forward_notes
 from ..ipc.spawn import die_with_parent
 from ..ipc.watchdog import start_watchdog
 from ..types import Request
-from .messages import Abort, Alive, Answers, Infer, ModelResolved, Note, Open, ProtocolError, Started, StartRefused
+from .messages import Abort, Alive, Answers, Infer, ModelResolved, Open, ProtocolError, Started, StartRefused
 from .messages import ToEngine as Message
 
 ALIVE_SECONDS = 0.25
 """Seconds between heartbeats."""
-
-
-class NoteHandler(logging.Handler):
-    """Forward log records to the runner as `Note` messages. Any thread may log.
-
-    Args:
-        send: Sends a message; called on the event loop in which the handler was created.
-    """
-
-    def __init__(self, send: Callable[[Note], None]) -> None:
-        super().__init__(logging.INFO)
-        self._send, self._loop = send, asyncio.get_running_loop()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            note = Note(self.format(record), record.levelno)
-        except Exception:
-            self.handleError(record)
-            return
-        with suppress(RuntimeError):  # the loop is closed: the process is about to exit
-            self._loop.call_soon_threadsafe(self._send, note)
 
 
 async def serve(sock: socket.socket) -> int:
@@ -64,9 +42,7 @@ async def serve(sock: socket.socket) -> int:
         return 0
     if not isinstance(first, Open):
         raise ProtocolError(f"the first message is {type(first).__name__}, expected Open")
-    logger = logging.getLogger("batchvl")
-    logger.addHandler(NoteHandler(connection.send))
-    logger.setLevel(logging.INFO)
+    forward_notes(connection.send)
     try:
         engine = ENGINE_TYPES[first.spec.engine].create(first.spec, ArenaView(first.arena_fd, first.arena_size))
         connection.send(ModelResolved(await engine.resolve()))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 from .. import errors
 from ..engines.base import EngineInfo, EngineSpec
 from ..errors import UsageError
 from ..images.preparation import PreparationSpec
+from ..ipc.notes import Note
 from ..types import Request, Response, Struct
 
 
@@ -88,13 +87,6 @@ class Alive(Struct, frozen=True, tag="alive"):
     """Whether the engine's steps have increased."""
     wait_seconds: float
     """Seconds since the start in which the engine was short of rows."""
-
-
-class Note(Struct, frozen=True, tag="note"):
-    """A log record of the process."""
-
-    text: str
-    level: int = logging.INFO
 
 
 FromEngine = ModelResolved | Started | StartRefused | Answers | Alive | Note

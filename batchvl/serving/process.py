@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,12 +16,13 @@ from ..engines.base import EngineInfo, EngineSpec
 from ..images.preparation import PreparationSpec
 from ..ipc.arena import Arena
 from ..ipc.channel import AsyncConnection
+from ..ipc.notes import Note
 from ..ipc.process_tree import end_group, memory_of, state_of
-from ..ipc.spawn import ParentPipe, spawn
+from ..ipc.spawn import ParentPipe, spawn_with_socket
 from ..storage.disk import as_stopped_early
 from ..types import Request, Response
 from .exits import EngineExited, ExitDiagnoser, Unkillable
-from .messages import Abort, Alive, Answers, FromEngine, Infer, ModelResolved, Note, Open, Started, StartRefused
+from .messages import Abort, Alive, Answers, FromEngine, Infer, ModelResolved, Open, Started, StartRefused
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +80,14 @@ class EngineProcess:
             file = open(log, "ab")  # noqa: ASYNC230, SIM115 - once a process
         except OSError as error:
             raise as_stopped_early(log, error) from error
-        ours, theirs = socket.socketpair()
-        with theirs, file:
+        with file:
             self._diagnoser = ExitDiagnoser(spec.engine, log, file.tell())
-            fds = [theirs.fileno(), parent_pipe.fd, arena.fd]
-            arguments = [str(theirs.fileno()), str(parent_pipe.fd), str(os.getpid())]
-            try:
-                self._process = spawn("batchvl.serving.engine_main", arguments, fds, environment, file)
-            except OSError:
-                ours.close()
-                raise
+            self._process, sock = spawn_with_socket(
+                "batchvl.serving.engine_main", parent_pipe, [arena.fd], environment, file
+            )
         try:
             self._connection: AsyncConnection[FromEngine] = await AsyncConnection.open(
-                ours, FromEngine, self._on_message, self._on_socket_closed
+                sock, FromEngine, self._on_message, self._on_socket_closed
             )
         except BaseException:
             self._signal_group(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The file object that pyarrow writes to."""
+"""The file object that pyarrow writes to, under a temporary name until it is whole."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ class BufferedFile(io.RawIOBase):
     """A file object whose writes go through `Disk`, so that they fail with the system's own errors.
 
     Writes are buffered, since a Parquet file consists of many small ones.
+
+    Args:
+        disk: Writes the file.
+        path: Where the file is until it is published. Nothing is there yet.
     """
 
     def __init__(self, disk: Disk, path: Path) -> None:
-        self._disk = disk
+        self._disk, self._path = disk, path
         self._fd: int | None = disk.create(path)
         self._position = 0
         self._buffer = bytearray()
@@ -42,8 +46,12 @@ class BufferedFile(io.RawIOBase):
         if self._fd is not None and data:
             self._disk.write(self._fd, data)
 
-    def finish(self) -> None:
-        """Write the rest and close the file: all of it is on the disk on return."""
+    def publish(self, path: Path) -> None:
+        """Write the rest, close the file and give it its name. It is there on return, even after a power failure.
+
+        Args:
+            path: The finished file, on the same file system.
+        """
         self._write_buffer()
         fd, self._fd = self._fd, None
         if fd is not None:
@@ -51,9 +59,11 @@ class BufferedFile(io.RawIOBase):
                 self._disk.sync(fd)
             finally:
                 self._disk.close(fd)
+        self._disk.rename(self._path, path)
+        self._disk.sync_directory(path.parent)
 
     def abandon(self) -> None:
-        """Close the file without writing the rest, unless it is finished. Later writes are ignored.
+        """Close and remove the file, unless it is published. Later writes are ignored.
 
         A Parquet writer that was not closed still writes its footer when it is garbage-collected, and by then the
         descriptor may belong to another file.
@@ -65,3 +75,4 @@ class BufferedFile(io.RawIOBase):
                 self._disk.close(fd)
             except OSError:
                 pass  # the caller reports the original failure
+        self._disk.discard(self._path)

@@ -1,4 +1,4 @@
-"""Check that image files exist and are allowed, without opening them."""
+"""Check that image files, and members of archives, exist and are allowed, without reading the images."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import TracebackType
 from cachetools import LRUCache
 
 from ..errors import RowError
-from ..images.files import check_beneath
-from ..types import Failure
+from ..images.image_files import ImageFiles
+from ..types import Failure, FileImage
 
 THREADS = 16
 """Files checked concurrently: on a network file system each check is a round trip."""
@@ -28,8 +28,8 @@ class FileChecker:
     """
 
     def __init__(self, roots: Sequence[Path], limit: int) -> None:
-        self._roots, self._limit = roots, limit
-        self._checked: LRUCache[str, Failure | None] = LRUCache(_CACHED_FILES)
+        self._files = ImageFiles(roots, limit)
+        self._checked: LRUCache[FileImage, Failure | None] = LRUCache(_CACHED_FILES)
         self._threads = ThreadPoolExecutor(THREADS, "batchvl-files")
 
     def __enter__(self) -> FileChecker:
@@ -40,23 +40,23 @@ class FileChecker:
     ) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def failures(self, paths: Collection[str]) -> dict[str, Failure]:
-        """Return the failures that a run would have, by path: files missing, forbidden, empty or too large. Blocks."""
-        results = {path: self._checked[path] for path in paths if path in self._checked}
-        new = [path for path in dict.fromkeys(paths) if path not in results]
+    def failures(self, images: Collection[FileImage]) -> dict[FileImage, Failure]:
+        """Return the failures that a run would have, by image: files missing, forbidden, empty or too large. Blocks."""
+        results = {image: self._checked[image] for image in images if image in self._checked}
+        new = [image for image in dict.fromkeys(images) if image not in results]
         batches = [new[at : at + _BATCH] for at in range(0, len(new), _BATCH)]
         run = self._threads.map if len(batches) > 1 else map
         for batch, failures in zip(batches, run(self._check, batches), strict=True):
-            for path, failure in zip(batch, failures, strict=True):
-                self._checked[path] = results[path] = failure
-        return {path: failure for path, failure in results.items() if failure is not None}
+            for image, failure in zip(batch, failures, strict=True):
+                self._checked[image] = results[image] = failure
+        return {image: failure for image, failure in results.items() if failure is not None}
 
-    def _check(self, paths: Sequence[str]) -> list[Failure | None]:
-        return [self._failure(path) for path in paths]
+    def _check(self, images: Sequence[FileImage]) -> list[Failure | None]:
+        return [self._failure(image) for image in images]
 
-    def _failure(self, path: str) -> Failure | None:
+    def _failure(self, image: FileImage) -> Failure | None:
         try:
-            check_beneath(path, self._roots, self._limit)
+            self._files.check(image)
         except RowError as error:
             return Failure.of(error)
         return None

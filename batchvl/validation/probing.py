@@ -17,6 +17,9 @@ from .problems import Problems
 from .quantiles import Histogram
 from .report import Probe
 
+MAX_ROWS = 256
+"""Rows that are probed at the same time."""
+
 
 class Prober:
     """Fetch and decode images as a run does, with the same limits, and measure them. An async context manager.
@@ -28,7 +31,7 @@ class Prober:
     """
 
     def __init__(self, options: RunOptions, roots: Sequence[Path], make_request: Callable[[Row], Request]) -> None:
-        self._concurrency, self._make_request = options.fetch.fetch_concurrency, make_request
+        self._concurrency, self._make_request = min(options.fetch.fetch_concurrency, MAX_ROWS), make_request
         self._pipeline = ImagePipeline(options.fetch, options.image, roots)
         self._reading = asyncio.Lock()
         self._problems = Problems()
@@ -102,7 +105,7 @@ class Prober:
             on_row()
 
     async def _probe(self, row: Row) -> None:
-        task = self._pipeline.prepare_group([row])
+        task = self._pipeline.prepare_group(await self._pipeline.fetch(row))
         try:
             group = await task.get()
         finally:

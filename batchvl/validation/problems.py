@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from ..errors import row_errors
-from ..images.sources import url_label
+from ..fetching.sources import url_label
 
 EXAMPLES = 3
 _MAX_FOUND = 300  # characters

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from ..config.options import RunOptions
 from ..errors import RowError
-from ..images.decode import check_count
-from ..images.sources import check_given
-from ..images.url_checker import UrlChecker
+from ..fetching.sources import check_count, check_inline
+from ..fetching.url_checker import UrlChecker
 from ..prompts.prompter import Prompter
-from ..types import Failure, FileImage, Request, Row, WebImage
+from ..types import Failure, FileImage, InlineImage, Request, Row, WebImage
 from .file_checker import FileChecker
 
 
@@ -40,17 +39,17 @@ class RowChecker:
         self._max_bytes, self._limits = options.fetch.max_image_bytes, options.image
         self._urls, self._files = urls, files
 
-    async def check(self, rows: Sequence[Row]) -> list[CheckedRow]:
+    def check(self, rows: Sequence[Row]) -> list[CheckedRow]:
         """Check some rows."""
-        checked = [await self._check(row) for row in rows]
-        paths = [
-            image.path
+        checked = [self._check(row) for row in rows]
+        files = [
+            image
             for row, _, failure in checked
             if failure is None
             for image in row.images
             if isinstance(image, FileImage)
         ]
-        if not paths or not (failures := self._files.failures(paths)):
+        if not files or not (failures := self._files.failures(files)):
             return checked
         return [row if row.failure is not None else _with_file_failure(row, failures) for row in checked]
 
@@ -58,7 +57,7 @@ class RowChecker:
         """Return the request that a run would make of a row. Raises RowError."""
         return self._prompter.request(row)
 
-    async def _check(self, row: Row) -> CheckedRow:
+    def _check(self, row: Row) -> CheckedRow:
         """Check a row except for its files, which a run opens last."""
         if row.failure is not None:
             return CheckedRow(row, None, row.failure)
@@ -66,20 +65,22 @@ class RowChecker:
         try:
             request = self._prompter.request(row)
             for image in row.images:
-                if not isinstance(image, FileImage):
-                    check_given(image, self._max_bytes)
+                if isinstance(image, WebImage):
+                    self._urls.parse(image)
+                elif isinstance(image, InlineImage):
+                    check_inline(image, self._max_bytes)
             for image in row.images:
                 if isinstance(image, WebImage):
-                    await self._urls.check(image)
+                    self._urls.check(image)
             check_count(len(row.images), self._limits)
         except RowError as error:
             return CheckedRow(row, request, Failure.of(error))
         return CheckedRow(row, request, None)
 
 
-def _with_file_failure(checked: CheckedRow, failures: dict[str, Failure]) -> CheckedRow:
+def _with_file_failure(checked: CheckedRow, failures: dict[FileImage, Failure]) -> CheckedRow:
     """Return the row with the failure of its first bad file."""
     for image in checked.row.images:
-        if isinstance(image, FileImage) and (failure := failures.get(image.path)) is not None:
+        if isinstance(image, FileImage) and (failure := failures.get(image)) is not None:
             return checked._replace(failure=failure)
     return checked

@@ -67,7 +67,7 @@ class Survey:
     async def _checked_rows(self, chunks: Chunks) -> AsyncIterator[Row]:
         for rows in chunks:
             await asyncio.sleep(0)  # an interrupt is handled here
-            for checked in await self._checker.check(rows):
+            for checked in self._checker.check(rows):
                 self._count(checked)
                 yield checked.row
 

@@ -18,9 +18,11 @@ from ..concurrency import run_sync
 from ..config.options import RunOptions
 from ..config.sources import resolve_options
 from ..errors import ManifestError, OptionError
+from ..fetching.host_headers import HostHeaders
+from ..fetching.network import NetworkGuard
+from ..fetching.object_urls import BucketGuard
+from ..fetching.url_checker import UrlChecker
 from ..images.files import check_roots
-from ..images.network import NetworkGuard
-from ..images.url_checker import UrlChecker
 from ..manifest import Manifest
 from ..results.record import schema
 from ..types import Row
@@ -81,7 +83,9 @@ class Validation:
         self._source, self._options, self._probe_rows = source, options, probe
         self._hide_progress = quiet or not sys.stderr.isatty()
         check_roots(options.fetch.image_root)
-        self._guard = NetworkGuard(options.fetch.allow_private)
+        self._guard = NetworkGuard(options.fetch.allow_private, options.fetch.allow_host)
+        self._buckets = BucketGuard(options.fetch.allow_bucket)
+        HostHeaders.read(options.fetch.host_headers)  # raises OptionError, as a run does
         self._manifest = Manifest.open(source, options.manifest, options.prompt)
         # Raises OptionError if a column of --keep has the name of an output column.
         schema(self._manifest.schema.id_type or "string", self._manifest.schema.kept)
@@ -97,37 +101,37 @@ class Validation:
         manifest, options = self._manifest, self._options
         sample = Sample(self._probe_rows, options.sampling.seed)
         unreadable = probe = None
-        async with UrlChecker(self._guard) as urls:
-            with FileChecker(self._roots, options.fetch.max_image_bytes) as files:
-                checker = RowChecker(options, urls, files)
-                with Survey(checker, options.image.look_ahead, sample) as survey:
-                    try:
-                        with self._progress("rows", self._expected_rows()) as progress:
-                            await survey.scan(_with_progress(self._rows(), progress))
-                    except ManifestError as error:
-                        unreadable = str(error)
-                    roles = manifest.roles
-                    has_images = bool(roles.images or roles.image)
-                    survey.finish(self._rows, has_ids=manifest.schema.id_type is not None, has_images=has_images)
-                    if (numbers := sample.numbers()) and unreadable is None:
-                        probe = await self._probe(numbers, checker)
-                    return Report(
-                        manifest=self._source,
-                        format=manifest.files.format,
-                        files=sum(1 for _ in manifest.files),
-                        rows=survey.rows,
-                        failing=survey.failing,
-                        unreadable=unreadable,
-                        roles={role: name for role, name in asdict(roles).items() if name},
-                        ignored=tuple(name for name in manifest.columns if name not in roles.names),
-                        ids=survey.ids(manifest.schema.id_type),
-                        prompts=survey.prompts(),
-                        images=survey.images(),
-                        sharing=survey.sharing(),
-                        problems=survey.problems.ranked(),
-                        probe=probe,
-                        seconds=round(time.monotonic() - started, 3),
-                    )
+        urls = UrlChecker(self._guard, self._buckets, through_proxy=options.fetch.proxy is not None)
+        with FileChecker(self._roots, options.fetch.max_image_bytes) as files:
+            checker = RowChecker(options, urls, files)
+            with Survey(checker, options.image.look_ahead, sample) as survey:
+                try:
+                    with self._progress("rows", self._expected_rows()) as progress:
+                        await survey.scan(_with_progress(self._rows(), progress))
+                except ManifestError as error:
+                    unreadable = str(error)
+                roles = manifest.roles
+                has_images = bool(roles.images or roles.image)
+                survey.finish(self._rows, has_ids=manifest.schema.id_type is not None, has_images=has_images)
+                if (numbers := sample.numbers()) and unreadable is None:
+                    probe = await self._probe(numbers, checker)
+                return Report(
+                    manifest=self._source,
+                    format=manifest.files.format,
+                    files=sum(1 for _ in manifest.files),
+                    rows=survey.rows,
+                    failing=survey.failing,
+                    unreadable=unreadable,
+                    roles={role: name for role, name in asdict(roles).items() if name},
+                    ignored=tuple(name for name in manifest.columns if name not in roles.names),
+                    ids=survey.ids(manifest.schema.id_type),
+                    prompts=survey.prompts(),
+                    images=survey.images(),
+                    sharing=survey.sharing(),
+                    problems=survey.problems.ranked(),
+                    probe=probe,
+                    seconds=round(time.monotonic() - started, 3),
+                )
 
     def interrupt(self) -> None:
         """Cancel `run` from another thread. Raises KeyboardInterrupt."""

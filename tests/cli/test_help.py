@@ -61,7 +61,7 @@ def test_invalid_usage_exits_with_2_and_a_message(arguments, message, tmp_path):
     assert not list(tmp_path.glob("*batchvl*")), "nothing was run, so no output may exist"
 
 
-COMMANDS = ("run", "retry", "status", "merge", "validate", "bench", "doctor", "demo")
+COMMANDS = ("run", "fetch", "retry", "status", "merge", "validate", "bench", "doctor", "demo")
 
 
 def test_every_command_is_listed_in_order_of_importance():

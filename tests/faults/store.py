@@ -17,7 +17,12 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from werkzeug.serving import make_server
 
 BUCKET = "night"
-STATUS = {"denied": (403, "AccessDenied"), "busy": (503, "SlowDown"), "missing": (404, "NoSuchKey")}
+STATUS = {
+    "denied": (403, "AccessDenied"),
+    "busy": (503, "SlowDown"),
+    "failed": (500, "InternalError"),
+    "missing": (404, "NoSuchKey"),
+}
 
 
 class StoreRequest(NamedTuple):
@@ -28,6 +33,8 @@ class StoreRequest(NamedTuple):
     """With the query."""
     range: str
     """The Range header."""
+    key_id: str
+    """The access key that signed it, or nothing."""
 
     @property
     def uploads(self) -> bool:
@@ -113,7 +120,9 @@ class ObjectStore:
             return self._serve(environ, start)
         query = environ["QUERY_STRING"]
         path = environ["PATH_INFO"] + (f"?{query}" if query else "")
-        request = StoreRequest(environ["REQUEST_METHOD"], path, environ.get("HTTP_RANGE", ""))
+        signed = re.search("Credential=([^/]+)/", environ.get("HTTP_AUTHORIZATION", ""))
+        key_id = signed[1] if signed else ""
+        request = StoreRequest(environ["REQUEST_METHOD"], path, environ.get("HTTP_RANGE", ""), key_id)
         with self._lock:
             self.requests.append(request)
             self.open += 1

@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 
 from batchvl.config.options import ImageOptions, RunOptions
 from batchvl.errors import PrepareError, PrepareFailed, TooManyPixels, TruncatedImage
-from batchvl.images.decode import FORMATS, ResizeTarget, choose_scale, decode
+from batchvl.images.decode import FORMATS, ResizeTarget, check, choose_scale, decode
 from tests.fuzzing import examples
 from tests.images.drawing import STORED, drawing, encoded
 
@@ -195,9 +195,28 @@ def test_scaled_decoding_is_as_strict_as_full_decoding(
         start = int(position * len(data))
         data = data[:start] + new + data[start + len(new) :]
     data = data[: int(min(1, kept) * len(data))]
-    assert failure(lambda: decode(data, DRAFT, "it", always(40 // scale, 24 // scale))) == failure(
-        lambda: decode(data, FULL, "it")
-    )
+    full = failure(lambda: decode(data, FULL, "it"))
+    assert failure(lambda: decode(data, DRAFT, "it", always(40 // scale, 24 // scale))) == full
+    assert failure(lambda: check(data, FULL, "it")) == full
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [(640, 480), (64, 48), (9, 7), (7, 9), (1, 1)])
+def test_the_record_of_a_checked_image_is_that_of_a_decoded_one(format: str, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if format in ("JPEG", "PNG", "TIFF", "WEBP") else {}
+    data = encoded(drawing(size), format, **options)
+    assert check(data, FULL, "it") == decode(data, FULL, "it")[1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_check_is_as_strict_as_decoding(format: str) -> None:
+    data = encoded(drawing(), format)
+    with pytest.raises(TooManyPixels):
+        check(data, ImageOptions(max_image_pixels=64 * 48 - 1), "it")
+    with pytest.raises(TruncatedImage, match=r"^it: ends after [0-9,]+ bytes"):
+        check(data[: len(data) // 2], FULL, "it")
 
 
 def failure(work: Callable[[], object]) -> type[PrepareError] | None:

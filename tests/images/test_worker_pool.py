@@ -22,7 +22,6 @@ from tests.timing import scaled
 
 BLOCK = 4096
 MISBEHAVING = PreparationSpec("tests.images.misbehaving:Misbehaving")
-ENCODED = PreparationSpec(input="encoded")
 
 
 def request(row: int, text: str = "") -> Request:
@@ -54,7 +53,7 @@ class Pool:
         for extent, data in zip(extents, files, strict=True):
             self.encoded.at(extent)[:] = data
         try:
-            sources = [Source(f"image {i}", extent=extent) for i, extent in enumerate(extents)]
+            sources = [Source(f"image {i}", extent=extent, is_copied=True) for i, extent in enumerate(extents)]
             prepared = await self.workers.prepare(requests, sources)
         finally:
             self.encoded.release(*extents)
@@ -136,21 +135,26 @@ async def test_the_worker_opens_files(pool, tmp_path):
     assert failure(outside).code == "forbidden_path"
 
 
-async def test_an_engine_gets_encoded_images_if_it_asks_for_them(pool, tmp_path):
+async def test_encoded_images_are_copied_if_that_is_asked_for(pool, tmp_path):
     (tmp_path / "green.png").write_bytes(png((0, 255, 0)))
     red = png((255, 0, 0), size=(32, 24))
-    async with pool(preparation=ENCODED) as p:
+    async with pool(preparation=None) as p:
         [extent] = await p.encoded.reserve([len(red)])
         p.encoded.at(extent)[:] = red
-        sources = [Source("red", extent=extent), Source("green.png", file=FileImage("green.png"))]
+        sources = [
+            Source("red", extent=extent, is_copied=True),
+            Source("blue", extent=extent),
+            Source("green.png", file=FileImage("green.png"), is_copied=True),
+        ]
         prepared = await p.workers.prepare([request(1)], sources)
         p.encoded.release(extent)
         [result] = prepared.requests
-        assert [(tensor.name, tensor.dtype) for tensor in result.tensors] == [("image0", "uint8"), ("image1", "uint8")]
+        assert [(tensor.name, tensor.dtype) for tensor in result.tensors] == [("image0", "uint8"), ("image2", "uint8")]
         view = p.prepared.at(result.extent)
         stored = [bytes(view[tensor.offset : tensor.offset + tensor.shape[0]]) for tensor in result.tensors]
         assert stored == [red, png((0, 255, 0))]
         assert [(image.width, image.height, image.bytes) for image in prepared.images] == [
+            (32, 24, len(red)),
             (32, 24, len(red)),
             (8, 8, len(stored[1])),
         ]
@@ -158,7 +162,7 @@ async def test_an_engine_gets_encoded_images_if_it_asks_for_them(pool, tmp_path)
 
 
 async def test_encoded_images_of_several_rows_are_stored_once(pool):
-    async with pool(preparation=ENCODED) as p:
+    async with pool(preparation=None) as p:
         rows, prepared = await p.run_all([request(number) for number in range(5)], [png((1, 2, 3))])
     assert rows == [{"image0": png((1, 2, 3))}] * 5
     assert prepared.extent.length < len(png((1, 2, 3))) + 64
@@ -166,7 +170,7 @@ async def test_encoded_images_of_several_rows_are_stored_once(pool):
 
 async def test_encoded_images_are_checked_as_strictly(pool):
     truncated = png((1, 2, 3), size=(64, 64))[:-40]
-    async with pool(preparation=ENCODED, max_image_pixels=10_000, max_images=3) as p:
+    async with pool(preparation=None, max_image_pixels=10_000, max_images=3) as p:
         for files, code in [
             ([truncated], "truncated_image"),
             ([b"<html>"], "not_an_image"),
@@ -179,7 +183,7 @@ async def test_encoded_images_are_checked_as_strictly(pool):
 
 
 async def test_encoded_images_need_no_module_and_rows_without_images_no_space(pool):
-    async with pool(preparation=ENCODED) as p:
+    async with pool(preparation=None) as p:
         prepared = await p.workers.prepare([request(1)], [])
     assert prepared.extent is None
     assert prepared.requests == (request(1),)
@@ -331,6 +335,24 @@ async def test_no_row_is_to_blame_for_the_end_of_the_host(pool):
         host.kill()
         with pytest.raises(EngineLost, match="host process of the image workers ended"):
             await asyncio.gather(*(p.run(i) for i in range(9)))
+
+
+async def test_the_end_of_the_host_is_seen_if_it_has_not_read_a_message(pool, tmp_path):
+    """Its socket then reports an error before its end."""
+    async with pool(workers=1) as p, asyncio.timeout(scaled(60)):
+        await p.run(0)
+        host = host_process()
+        task = asyncio.create_task(p.run(1, f"hang {tmp_path}/hangs", [(1, 1, 1)]))
+        while not (tmp_path / "hangs").exists():
+            await asyncio.sleep(0.01)
+        host.suspend()
+        task.cancel()  # which asks the host to kill the worker
+        await asyncio.sleep(0)
+        host.kill()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(EngineLost, match="host process of the image workers ended"):
+            await p.run(2)
 
 
 async def test_many_special_tokens_do_not_block_the_host(pool):

@@ -35,6 +35,8 @@ def failure(**cells: Any) -> tuple[str, str]:
     [
         ("https://example.org/cat.jpg?x=1", WebImage("https://example.org/cat.jpg?x=1")),
         ("HTTP://example.org/", WebImage("HTTP://example.org/")),
+        (" s3://bucket/a?b#c%2f.jpg\n", WebImage("s3://bucket/a?b#c%2f.jpg")),
+        ("hf://datasets/me/cats/a.jpg", WebImage("hf://datasets/me/cats/a.jpg")),
         ("a b/cat.jpg", FileImage("a b/cat.jpg")),
         ("/data/cat.jpg", FileImage("/data/cat.jpg")),
         ("C:cat.jpg", FileImage("C:cat.jpg")),
@@ -56,7 +58,7 @@ def test_image_sources(cell: Any, image: Any) -> None:
 @pytest.mark.parametrize(
     ("cell", "code", "expected"),
     [
-        ("s3://bucket/cat.jpg", "unsupported_source", "s3:// is not supported; expected http"),
+        ("sftp://host/cat.jpg", "unsupported_source", "sftp:// is not supported; expected http"),
         ("ftp://user:secret@host/cat.jpg", "unsupported_source", "ftp:// is not supported"),
         ("file://host/cat.jpg", "unsupported_source", "another host"),
         ("data:image/png;base64,A", "invalid_data_uri", "base64"),
@@ -306,6 +308,13 @@ def test_ids_of_jsonl_have_the_type_of_the_first_rows(tmp_path: Path) -> None:
     early = write(tmp_path / "early.jsonl", [{"prompt": "p", "id": "x"}, *rows])
     assert opened(early).schema.id_type == "string"
     assert [row.id for row in rows_of(early)] == ["x", *map(str, range(1200))]
+
+
+def test_a_column_without_a_name_is_not_that_of_ids(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.jsonl", [{"": 7, "image": "a.png"}])
+    manifest = opened(path)
+    manifest.check()
+    assert [row.id for chunk in manifest.rows() for row in chunk] == [None]
 
 
 def test_all_that_json_allows_is_read(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from batchvl.manifest.readers.base import CHUNK_BYTES
 from batchvl.types import InlineImage
 from tests.manifest.writing import numbers, opened, rows_of, write, write_bytes
 
-FORMATS = ["m.parquet", "m.jsonl", "m.csv", "m.jsonl.gz", "m.csv.zst"]
+FORMATS = ["m.parquet", "m.jsonl", "m.csv", "m.jsonl.gz", "m.csv.zst", "m.tar"]
 
 
 def big(path: Path, rows: int = 2500) -> Path:

@@ -17,6 +17,7 @@ from batchvl.config.units import Shard
 from batchvl.manifest import Manifest
 from batchvl.manifest.manifest import ALL
 from batchvl.types import Row
+from tests.manifest.tars import write_tar
 
 
 def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
@@ -33,6 +34,8 @@ def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
             writer.writeheader()
             writer.writerows(rows)
         return path
+    if name.endswith(".tar"):
+        return write_tar(path, [(f"{at:06}.json", json.dumps(row).encode()) for at, row in enumerate(rows)])
     return write_bytes(path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
 

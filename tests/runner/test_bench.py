@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from batchvl.engines.base import EngineInfo
 from batchvl.errors import BatchvlError, OptionError
+from batchvl.images import pipeline
 from batchvl.runner.bench import Comparison, Pace, bench, measure_engine
 from batchvl.types import Request, Response
 
@@ -57,6 +59,17 @@ def test_preparing_stops_when_the_arena_is_full(tmp_path):
 
     found = compare(write(tmp_path / "n.jsonl", [small, large, small]), arena_bytes="256KiB", **options)
     assert (found.run.rows, found.ceiling.rows, found.prepared) == (3, 3, 1)
+
+
+def test_rows_with_more_inline_images_than_may_be_in_flight(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "INLINE_BYTES", 2**16)
+    Image.effect_noise((60, 60), 50).convert("RGB").save(tmp_path / "a.png")
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    assert 40 * len(url) > 2 * 2**16
+
+    found = compare(write(tmp_path / "m.jsonl", [{"prompt": "?", "image": url}] * 40), look_ahead=0)
+
+    assert (found.run.rows, found.prepared) == (40, 40)
 
 
 def test_the_limit_is_what_is_busy():

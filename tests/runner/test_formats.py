@@ -10,8 +10,9 @@ import pytest
 import batchvl
 from batchvl.runner.progress import Progress
 
+from ..manifest.tars import FAILED, img2dataset, write_tar
 from ..manifest.writing import write
-from .running import answers, image_digest, make_image, questions, responses, run, shell
+from .running import answers, codes, image_digest, make_image, questions, responses, run, shell
 
 ROWS = 12
 
@@ -77,6 +78,62 @@ def test_a_directory_of_images(rows, tmp_path, monkeypatch):
     assert responses(summary) == [f"describe this image {image_digest(tmp_path / 'images' / name)}" for name in names]
     assert [row["images"][0]["source"] for row in answers(summary)] == names
     assert summary.output == str(tmp_path / "images-batchvl")
+
+
+def test_members_of_tars(rows, tmp_path):
+    members = [(row["photo"], (tmp_path / row["photo"]).read_bytes()) for row in rows]
+    write_tar(tmp_path / "a.tar", members[:7])
+    write_tar(tmp_path / "sub/b.tar", members[7:])
+    for n, row in enumerate(rows):
+        row["photo"] = f"{'sub/b' if n >= 7 else 'a'}.tar#{row['photo']}"
+    manifest = write(tmp_path / "m.jsonl", [*rows, {**rows[0], "key": "none", "photo": "a.tar#none.png"}])
+    summary = run(manifest, image_workers=2, **MAPPED)
+    assert codes(summary) == {ROWS: "missing_file"}
+    digests = [image_digest(tmp_path / f"images/{n}.png") for n in range(ROWS)]
+    assert responses(summary)[:ROWS] == [f"what is {n}? {digests[n]}" for n in range(ROWS)]
+    assert [row["images"][0]["source"] for row in answers(summary)][:ROWS] == [row["photo"] for row in rows]
+    report = batchvl.validate(manifest, quiet=True, probe=50, **MAPPED)
+    assert [(problem.code, problem.rows) for problem in report.problems if problem.level == "error"] == [
+        ("missing_file", 1)
+    ]
+    assert (report.probe.rows, report.probe.failed) == (ROWS, 0)
+
+
+@pytest.mark.parametrize("output_format", ["webdataset", "files", "parquet"])
+def test_what_img2dataset_writes(output_format, tmp_path, caplog):
+    caplog.set_level("INFO", "batchvl")
+    directory = img2dataset(tmp_path / "out", output_format)
+    summary = run(directory, {"images": True}, keep=["caption"])
+    rows = answers(summary)
+    ok = [row for row in rows if row["status"] == "ok"]
+    assert [row["id"] for row in ok] == [f"00000{n}" for n in (2, 0, 1, 3, 6, 4)]
+    assert [row["caption"] for row in ok] == [f"caption {n}" for n in (2, 0, 1, 3, 6, 4)]
+    assert len({row["images"][0]["sha256"] for row in ok}) == 6
+    assert len({row["response"] for row in ok}) == 6
+    if output_format == "webdataset":
+        assert (len(rows), summary.exit_code) == (6, 0)
+        assert "only the tars are read" in caplog.text
+    else:
+        assert codes(summary) == {6: "missing_file"}
+        assert (rows[6]["id"], rows[6]["caption"]) == (f"00000{FAILED}", f"caption {FAILED}")
+        assert "404: Not Found" in rows[6]["error"]["message"]
+        assert "img2dataset's output: images in" in caplog.text
+
+
+def test_a_run_over_tars_in_shards_and_resumed(tmp_path):
+    directory = img2dataset(tmp_path / "tars", "webdataset")
+    whole = run(directory)
+    assert whole.output == f"{directory}-batchvl"
+    assert run(directory / "00000.tar").output == str(directory / "00000-batchvl")
+    part = run(directory, output=tmp_path / "part", limit=3)
+    assert (part.rows, run(directory, output=tmp_path / "part").resumed) == (3, 3)
+    for shard in ("1/2", "0/2"):
+        run(directory, output=tmp_path / "shards", shard=shard)
+    merged = batchvl.merge(tmp_path / "shards", tmp_path / "merged.jsonl", with_manifest=directory)
+    assert (merged.rows, merged.missing) == (6, 0)
+    lines = [json.loads(line) for line in (tmp_path / "merged.jsonl").read_text().splitlines()]
+    assert [line["response"] for line in lines] == responses(whole)
+    assert [line["txt"] for line in lines] == [f"caption {n}" for n in (2, 0, 1, 3, 6, 4)]
 
 
 @pytest.mark.parametrize("name", ["m.parquet", "m.jsonl"])

@@ -40,14 +40,14 @@ def random_images(rows: int, seed: int = 7) -> list[int]:
     return [rng.randrange(20) for _ in range(rows)]
 
 
-def test_each_image_is_fetched_once_within_the_window(web, tmp_path):
+def test_each_image_is_fetched_once(web, tmp_path):
     address, requests, files = web
     numbers = random_images(200)
     rows = [{"prompt": f"q {n}", "image": f"{address}/{number}.png"} for n, number in enumerate(numbers)]
     manifest = write(tmp_path / "m.jsonl", rows)
     expected = [f"q {n} {image_digest(files[f'{number}.png'])}" for n, number in enumerate(numbers)]
 
-    summary = run(manifest, image_workers=2, allow_private=["127.0.0.0/8"], arena_bytes="1MB", batch_size=8)
+    summary = run(manifest, image_workers=2, allow_private=["127.0.0.0/8"], arena_bytes="16MB", batch_size=8)
     assert responses(summary) == expected
     assert set(requests.values()) == {1}
     assert len(requests) == 20
@@ -55,7 +55,7 @@ def test_each_image_is_fetched_once_within_the_window(web, tmp_path):
     requests.clear()
     alone = run(manifest, output=tmp_path / "alone", look_ahead=0, allow_private=["127.0.0.0/8"])
     assert responses(alone) == expected
-    assert sum(requests.values()) == 200
+    assert set(requests.values()) == {1}, "also of rows that are no group"
 
 
 def test_a_failed_image_fails_all_of_its_rows_and_a_bad_prompt_only_its_own(web, tmp_path):

@@ -141,7 +141,7 @@ def test_a_limited_run_is_complete_until_it_is_resumed(tmp_path):
 
 
 def test_heartbeats_while_the_model_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr("batchvl.runner.job.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("batchvl.runner.execution.HEARTBEAT_SECONDS", 0.02)
     manifest, out = questions(tmp_path / "m.parquet", 10), tmp_path / "m-batchvl"
     times, over = set(), threading.Event()
 

@@ -17,6 +17,8 @@ import pytest
 
 import batchvl
 from batchvl.errors import ManifestError, OptionError
+from batchvl.images.grouping import group_by_images
+from batchvl.types import Row, WebImage
 from batchvl.validation import survey
 
 from ..faults.server import FaultServer
@@ -195,15 +197,21 @@ def test_rows_without_images_are_reported_if_others_have_some(tmp_path):
 @pytest.mark.parametrize("look_ahead", [0, 1, 16, 4096])
 def test_the_number_of_reads_is_that_of_a_run(look_ahead, web, tmp_path):  # noqa: F811
     address, asked, _ = web
-    rows = [{"prompt": f"q {n}", "image": f"{address}/{number}.png"} for n, number in enumerate(random_images(300))]
-    manifest = write(tmp_path / "m.jsonl", rows)
+    images = [f"{address}/{number}.png" for number in random_images(300)]
+    manifest = write(tmp_path / "m.jsonl", [{"prompt": f"q {n}", "image": url} for n, url in enumerate(images)])
+
+    async def rows():
+        for number, url in enumerate(images):
+            yield Row(number, images=(WebImage(url),))
+
+    async def count_groups():
+        return len([group async for group in group_by_images(rows(), look_ahead)])
 
     report = validate(manifest, look_ahead=look_ahead, **LOOPBACK)
     assert not asked, "nothing is fetched"
-    run(manifest, look_ahead=look_ahead, **LOOPBACK)
 
     sharing = report.sharing
-    assert (sharing.rows, sharing.sets, sharing.reads) == (300, 20, sum(asked.values()))
+    assert (sharing.rows, sharing.sets, sharing.reads) == (300, 20, asyncio.run(count_groups()))
     assert (sharing.shared, sharing.repeated_reads) == (300 - sharing.reads, sharing.reads - 20)
     assert ("sort the manifest by image" in str(report)) == (look_ahead < 4096)
 

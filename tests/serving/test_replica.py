@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from batchvl.errors import EngineLost, EngineUnavailable, OptionError, UsageError
+from batchvl.ipc import spawn as spawning
 from batchvl.serving import exits, process
 from batchvl.serving.exits import EngineExited, Unkillable
 from batchvl.serving.messages import StartRefused
@@ -143,8 +144,8 @@ async def test_an_exit_during_the_start_is_logged_as_one(engine, logged):
 
 async def test_what_the_engine_logs_reaches_the_runner(engine, logged, monkeypatch, caplog):
     """From any thread, with its level; nothing below INFO."""
-    spawn = process.spawn
-    monkeypatch.setattr(process, "spawn", lambda module, *rest: spawn("tests.serving.chatty_main", *rest))
+    spawn = spawning.spawn
+    monkeypatch.setattr(spawning, "spawn", lambda module, *rest: spawn("tests.serving.chatty_main", *rest))
     async with engine() as e:
         await e.started()
         await eventually(lambda: len(logged) == 2)
@@ -172,7 +173,7 @@ async def test_a_process_that_cannot_be_started_ends_the_run_with_the_reason(eng
         def refuse(*arguments):
             raise OSError(11, "no more processes")
 
-        monkeypatch.setattr(process, "spawn", refuse)
+        monkeypatch.setattr(spawning, "spawn", refuse)
         with pytest.raises(EngineExited):
             await e.answer(request(0))
         with pytest.raises(EngineLost, match="no more processes"):
@@ -351,13 +352,13 @@ async def test_a_kill_ends_the_pause_after_a_refusal(engine, full):
 def spawned(monkeypatch):
     """The processes that are started, in order."""
     started = []
-    spawn = process.spawn
+    spawn = spawning.spawn
 
     def spy(*arguments):
         started.append(spawn(*arguments))
         return started[-1]
 
-    monkeypatch.setattr(process, "spawn", spy)
+    monkeypatch.setattr(spawning, "spawn", spy)
     return started
 
 
@@ -436,7 +437,7 @@ async def test_a_killed_process_whose_socket_stays_open_is_replaced(engine, monk
         held.append(theirs.dup())
         return ours, theirs
 
-    monkeypatch.setattr("batchvl.serving.process.socket.socketpair", hold)
+    monkeypatch.setattr(socket, "socketpair", hold)
     async with engine(hang_on=[3], hang_timeout=0.3) as e:
         await e.answer(request(1))
         with pytest.raises(EngineExited, match=r"no progress for 0\.3 s"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import pyarrow as pa
 
-from ...errors import RowError
+from ...errors import InvalidRow, RowError
 from ..columns import Columns
 from ..files import Files
 from ..json_types import JSON
@@ -21,7 +21,10 @@ CHUNK_BYTES = 8 * 2**20
 
 Cells = tuple[Any, ...]
 Chunk = list[tuple[int, Cells | RowError]]
-"""Row numbers with the rows' cells, or with the error that replaces them."""
+"""Row numbers with the rows' cells, or with the error that replaces them.
+
+The cell of an image may also be a `FileImage`, a list of them, or the error why there is none.
+"""
 
 
 class Batch(NamedTuple):
@@ -47,6 +50,11 @@ class Reader(ABC):
     """Whether a cell that begins with `[` is a JSON list, since the format has no lists."""
     has_unique_ids: ClassVar[bool] = False
     """Whether the format guarantees that no two rows have the same id."""
+
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the files are read."""
+    default_columns: Mapping[str, str] = {}
+    """By option (`id_column`): the column that has the role if neither an option nor the usual name assigns it."""
 
     available: tuple[str, ...]
     """The columns of the files; for JSONL, those of the first rows."""
@@ -124,6 +132,25 @@ def missing(rows: range, skip: Container[int]) -> Iterator[int]:
     [3, 6]
     """
     return skip.missing(rows) if isinstance(skip, SkipSet) else (row for row in rows if row not in skip)
+
+
+def utf8(name: str, what: str) -> str:
+    """Return a name from a file system or an archive, where bytes that are not UTF-8 are surrogates.
+
+    Args:
+        name: The name.
+        what: Its noun, for the error message.
+
+    Raises:
+        InvalidRow: It has such bytes.
+    """
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise InvalidRow(f"{shown:.200}: the {what} is not UTF-8") from None
+    return name
 
 
 def nulls(schema: pa.Schema, rows: int) -> pa.RecordBatch:

@@ -21,7 +21,7 @@ class _BadRecord(list[str]):
     reason: str
 
 
-class CsvReader(TextReader[list[str]]):
+class CsvReader(TextReader[list[str], TextFile]):
     """Read rows of CSV files. An empty cell is null, and every other cell is text.
 
     Raises:
@@ -53,6 +53,9 @@ class CsvReader(TextReader[list[str]]):
                 if header.count(name) != 1:
                     fault = "appears twice" if name in header else "is missing here, but other files have it"
                     raise ManifestError(f"{path}: column {name!r} {fault}; the columns are {', '.join(header)}")
+
+    def open(self, path: Path) -> TextFile:
+        return TextFile(path)
 
     def records(self, file: TextFile, start: RowOffset) -> Iterator[tuple[list[str], RowOffset]]:
         records = _parse(file, start)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ...errors import InvalidRow
 from ..columns import Columns
 from ..files import Files
-from .base import CHUNK_ROWS, Chunk, Reader
+from .base import CHUNK_ROWS, Chunk, Reader, utf8
 
 
 class ImageFolderReader(Reader):
@@ -35,21 +35,12 @@ class ImageFolderReader(Reader):
         for number, name in enumerate(islice(self._files, rows.start, rows.stop), rows.start):
             if number in skip:
                 continue
-            if name.isprintable() or _is_utf8(name):
-                chunk.append((number, (name,) * len(names)))
-            else:
-                shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-                chunk.append((number, InvalidRow(f"{shown}: the file's name is not UTF-8")))
+            try:
+                chunk.append((number, (utf8(name, "file's name"),) * len(names)))
+            except InvalidRow as error:
+                chunk.append((number, error))
             if len(chunk) == CHUNK_ROWS:
                 yield chunk
                 chunk = []
         if chunk:
             yield chunk
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -23,7 +23,7 @@ _FEW_LINES = 100
 """Within the first this many lines, at most half this many may be bad; after them, at most half of all."""
 
 
-class JsonlReader(TextReader[bytes]):
+class JsonlReader(TextReader[bytes, TextFile]):
     """Read rows of JSONL files. Columns, and whether ids are integers, are inferred from the first rows.
 
     Raises:
@@ -59,21 +59,19 @@ class JsonlReader(TextReader[bytes]):
 
     def bind(self, columns: Columns) -> None:
         super().bind(columns)
-        types = self._types.get(columns.id or "", set())
+        types = set() if columns.id is None else self._types.get(columns.id, set())
         self.id_type = None if not types else "int64" if types == {int} else "string"
 
     def schema(self) -> pa.Schema:
         decode = msgspec.json.Decoder(dict[str, Any]).decode
         types = JsonTypes()
-        rows = 0
-        for path in self.files:
-            with TextFile(path) as file:
-                for raw, _ in self.records(file, RowOffset()):
-                    rows += 1
-                    with suppress(InvalidRow):
-                        types.add(_decode_line(decode, raw))
-        self.total = rows
+        for raw in self.every_record():
+            with suppress(InvalidRow):
+                types.add(_decode_line(decode, raw))
         return types.schema()
+
+    def open(self, path: Path) -> TextFile:
+        return TextFile(path)
 
     def records(self, file: TextFile, start: RowOffset) -> Iterator[tuple[bytes, RowOffset]]:
         number = start.line

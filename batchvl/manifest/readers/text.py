@@ -1,4 +1,4 @@
-"""Base of text formats. Only reading finds where rows begin, so an index keeps offsets and counts."""
+"""Base of text formats and tars. Only reading finds where rows begin, so an index keeps offsets and counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Generic, TypeVar
+from types import TracebackType
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 import pyarrow as pa
 
@@ -17,7 +18,6 @@ from ..columns import Columns
 from ..files import Files
 from ..index import STEP, FileIndex, Index, RowOffset
 from .base import CHUNK_BYTES, CHUNK_ROWS, Cells, Chunk, Reader, missing
-from .lines import TextFile
 
 SAMPLE_ROWS = 1000
 SAMPLE_BYTES = 4 * 2**20
@@ -31,10 +31,33 @@ _NO_ROW = sys.maxsize
 Raw = TypeVar("Raw")
 
 
-class TextReader(Reader, Generic[Raw]):
-    """Read rows of text files. A format implements how records are split (`records`) and decoded (`decoder`)."""
+class Source(Protocol):
+    """A file that is read from an offset on. A context manager."""
+
+    compressed: bool
+    """Whether it can only be read from its start on."""
+
+    def position(self) -> int:
+        """Return the number of bytes read from disk so far, before decompression."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+File = TypeVar("File", bound=Source)
+
+
+class TextReader(Reader, Generic[Raw, File]):
+    """Read rows of text files, or of others in which rows are found only by reading.
+
+    A format implements how a file is opened (`open`), split into records (`records`) and decoded (`decoder`).
+    """
 
     is_text = True
+    sample_bytes: ClassVar[int] = SAMPLE_BYTES
 
     def __init__(self, files: Files) -> None:
         self.files = [files.directory / name for name in files]
@@ -46,7 +69,15 @@ class TextReader(Reader, Generic[Raw]):
         self._progress = (0, 0)  # rows read, and their bytes on disk, for the estimate
 
     @abstractmethod
-    def records(self, file: TextFile, start: RowOffset) -> Iterator[tuple[Raw, RowOffset]]:
+    def open(self, path: Path) -> File:
+        """Open a file. Raises ManifestError if it cannot be read."""
+
+    def place(self, path: Path, after: RowOffset) -> str:
+        """Return where a record ends, for error messages."""
+        return f"{path} line {after.line}"
+
+    @abstractmethod
+    def records(self, file: File, start: RowOffset) -> Iterator[tuple[Raw, RowOffset]]:
         """Yield the records from an offset on, each with the offset of the next one. Blank lines are skipped."""
 
     @abstractmethod
@@ -74,19 +105,29 @@ class TextReader(Reader, Generic[Raw]):
         """
         rows = size = 0
         for path in self.files:
-            with TextFile(path) as file:
+            with self.open(path) as file:
                 begin = 0
                 for record, after in self.records(file, RowOffset()):
                     yield path, after.line, record
                     rows, size, begin = rows + 1, size + after.offset - begin, after.offset
-                    if rows == SAMPLE_ROWS or size >= SAMPLE_BYTES:
+                    if rows == SAMPLE_ROWS or size >= self.sample_bytes:
                         break
                 self._progress = rows, self._progress[1] + (file.position() if file.compressed else begin)
             self.id_row_bytes = size // max(1, rows)
-            if rows >= SAMPLE_ROWS or size >= SAMPLE_BYTES:
+            if rows >= SAMPLE_ROWS or size >= self.sample_bytes:
                 return
         if not rows:
             raise ManifestError(f"{self.where}: has no rows ({sum(self._sizes)} bytes); expected at least one")
+
+    def every_record(self) -> Iterator[Raw]:
+        """Yield all records. `total` is known after the last."""
+        rows = 0
+        for path in self.files:
+            with self.open(path) as file:
+                for record, _ in self.records(file, RowOffset()):
+                    rows += 1
+                    yield record
+        self.total = rows
 
     def use_index(self, directory: Path | None, fingerprint: str) -> None:
         written = index.read(directory, fingerprint) if directory is not None else None
@@ -125,7 +166,7 @@ class TextReader(Reader, Generic[Raw]):
                 try:
                     chunk.append((number, decode(record)))
                 except RowError as error:
-                    chunk.append((number, type(error)(f"{path} line {after.line}: {error}")))
+                    chunk.append((number, type(error)(f"{self.place(path, after)}: {error}")))
                 size += after.offset - begin
                 wanted = next(remaining, _NO_ROW)
                 is_far = wanted - number > STEP
@@ -153,7 +194,7 @@ class TextReader(Reader, Generic[Raw]):
             files.append(FileIndex())
         file_index, start = files[at], sum(file.rows or 0 for file in files[:at])
         next_step = number
-        with TextFile(self.files[at]) as file:
+        with self.open(self.files[at]) as file:
             for record, after in self.records(file, offset):
                 if number == next_step:
                     next_step += STEP

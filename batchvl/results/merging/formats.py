@@ -52,12 +52,9 @@ class TableFile:
         try:
             if error is None:
                 self._finish()
-                self._file.finish()
-                self._disk.rename(self._temporary, self._path)
-                self._disk.sync_directory(self._path.parent)
+                self._file.publish(self._path)
         finally:
             self._file.abandon()
-            self._disk.discard(self._temporary)
 
     def write(self, table: pa.Table) -> None:
         """Append the table's rows. Raises OSError."""

@@ -1,0 +1,66 @@
+"""The number of concurrent downloads: raised while that raises the throughput.
+
+A hill climb: as long as the number limits the downloads, it is doubled; if throughput did not rise by a fair part of
+that, it goes back, and the next attempt follows after a longer time.
+"""
+
+from __future__ import annotations
+
+INITIAL = 64
+_FACTOR = 2
+_FAIR_GAIN = 1.2
+"""Ratio of throughputs that justifies a number multiplied by `_FACTOR`."""
+_MIN_SECONDS = 1.0
+"""Shortest time over which throughput is measured."""
+_LATENCIES = 2
+"""The same in mean durations of a download: the first downloads of a new level have ended by then."""
+_MAX_HOLD_SECONDS = 60.0
+
+
+class ConcurrencyLevel:
+    """How many downloads may be in progress at the same time.
+
+    Args:
+        maximum: Limit.
+        now: The time.
+
+    Attributes:
+        value: The present number.
+    """
+
+    def __init__(self, maximum: int, now: float) -> None:
+        self.value = min(INITIAL, maximum)
+        self._maximum = maximum
+        self._since, self._completed, self._seconds = now, 0, 0.0
+        self._is_limiting = False
+        self._before: tuple[int, float] | None = None
+        """The number before it was raised, and its throughput."""
+        self._hold_until, self._hold_seconds = 0.0, 2 * _MIN_SECONDS
+
+    def limits(self) -> None:
+        """Record that a download could start now, if the number were larger."""
+        self._is_limiting = True
+
+    def complete(self, now: float, seconds: float) -> None:
+        """Record the end of a download that took some seconds."""
+        self._completed += 1
+        self._seconds += seconds
+        window = now - self._since
+        if window >= _MIN_SECONDS and window >= _LATENCIES * self._seconds / self._completed:
+            self._adjust(now, self._completed / window)
+
+    def _adjust(self, now: float, throughput: float) -> None:
+        if self._before is not None:
+            number, before = self._before
+            self._before = None
+            if throughput < _FAIR_GAIN * before:
+                self.value = number
+                self._hold_seconds = min(2 * self._hold_seconds, _MAX_HOLD_SECONDS)
+                self._hold_until = now + self._hold_seconds
+            else:
+                self._hold_seconds = 2 * _MIN_SECONDS
+        if self._is_limiting and now >= self._hold_until and self.value < self._maximum:
+            self._before = self.value, throughput
+            self.value = min(self.value * _FACTOR, self._maximum)
+        self._since, self._completed, self._seconds = now, 0, 0.0
+        self._is_limiting = False

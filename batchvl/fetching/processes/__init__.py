@@ -1,0 +1,1 @@
+"""Fetch processes: they send the requests that the runner decides on, and write images into its arena."""
