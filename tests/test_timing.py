@@ -1,5 +1,6 @@
 """Time limits of the tests: they scale with the machine, and none ends the test session."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -102,7 +103,8 @@ def run_tests(directory, tests, settings, *arguments):
     (package / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text() + settings)
     (package / "test_limits.py").write_text(tests)
     command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    environment = os.environ | {"CI": "true"}  # without it pytest shortens the lines of its summary
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["one process", "xdist"])
@@ -110,10 +112,13 @@ def test_a_limit_fails_its_test_and_no_other(tmp_path, workers):
     session = run_tests(tmp_path, TESTS, SLOW_REPORTS, *workers)
     assert "INTERNALERROR" not in session.stdout + session.stderr
     assert session.returncode == 1, session.stdout
-    ended = set(re.findall(r"^(FAILED|ERROR) \S+::test_(\w+).*Timeout \(>0.5s\)", session.stdout, re.MULTILINE))
-    assert ended == {("FAILED", "slow_body"), ("ERROR", "setup"), ("ERROR", "teardown")}, session.stdout
-    assert re.search(r"^FAILED \S+::test_slow_asynchronous_body ", session.stdout, re.MULTILINE), session.stdout
-    assert "CancelledError: Timeout (>0.5s) from pytest-timeout" in session.stdout
+    ended = re.findall(r"^(FAILED|ERROR) \S+::test_(\w+).*Timeout \(>0.5s\)", session.stdout, re.MULTILINE)
+    assert sorted(ended) == [
+        ("ERROR", "setup"),
+        ("ERROR", "teardown"),
+        ("FAILED", "slow_asynchronous_body"),
+        ("FAILED", "slow_body"),
+    ], session.stdout
     assert "2 failed, 4 passed, 2 errors" in session.stdout
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -276,32 +277,62 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/??/.*")), "a temporary file is left"
 
 
+def store_and_die(path: Path, calls: int) -> None:
+    """Store a URL's new image in a cache; be killed at a call to the disk, writes in their middle."""
+
+    class DyingDisk(Disk):
+        """Kills its process at the call of a number."""
+
+        calls = 0
+
+        def die(self) -> None:
+            self.calls += 1
+            if self.calls == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def create(self, path: Path) -> int:
+            self.die()
+            return super().create(path)
+
+        def write(self, fd: int, data: bytes | bytearray | memoryview) -> None:
+            super().write(fd, memoryview(data)[: len(data) // 2])
+            self.die()
+            super().write(fd, memoryview(data)[len(data) // 2 :])
+
+        def close(self, fd: int) -> None:
+            self.die()
+            super().close(fd)
+
+        def rename(self, source: Path, target: Path) -> None:
+            self.die()
+            super().rename(source, target)
+
+    CacheDirectory(path, 2**30, DAY, DyingDisk()).store("http://a/1", b"new" * 1000)
+
+
 def test_no_image_is_half_there_after_a_kill(tmp_path: Path) -> None:
-    code = """if True:
-        import sys; from pathlib import Path; from batchvl.fetching.cache_directory import CacheDirectory
-        cache = CacheDirectory(Path(sys.argv[1]), 2**30, 1e9)
-        for number in range(500):
-            cache.store(f"{sys.argv[2]} {number}", f"{sys.argv[2]} {number} ".encode() * 100_000)
-            print(number, flush=True)"""
-    cache, numbers, left = cache_at(tmp_path), random.Random(1), 0
-    for attempt in range(10):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), str(attempt)], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        try:
-            for _ in range(3):
-                writer.stdout.readline()
-            time.sleep(numbers.random() * 0.02)
-        finally:
-            writer.kill()
-            stored = 2 + len(writer.communicate()[0].splitlines())
-        for number in range(stored + 2):
-            data = cache.find(f"{attempt} {number}", LIMIT)
-            assert data == f"{attempt} {number} ".encode() * 100_000 or (data is None and number > stored)
-        left += len(list(tmp_path.glob("*/??/.*")))
-        for file in images(tmp_path):
+    code = f"""if True:
+        import sys, pathlib; from {__name__} import store_and_die
+        store_and_die(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"""
+    found, left = [], 0
+    for calls in range(1, 20):
+        path = tmp_path / str(calls)
+        cache = cache_at(path)
+        cache.store("http://a/1", b"old" * 1000)
+        writer = subprocess.run([sys.executable, "-c", code, str(path), str(calls)], cwd=ROOT)
+        data = cache.find("http://a/1", LIMIT)
+        assert data is not None
+        assert data in (b"old" * 1000, b"new" * 1000)
+        found.append(data[:3])
+        for file in images(path):
             assert sha256(file.read_bytes()).hexdigest() == file.name
-            file.unlink()
-    assert cache.damaged == 0
+        left += len(list(path.glob("*/??/.*")))
+        assert cache.damaged == 0
+        if writer.returncode == 0:
+            break
+        assert writer.returncode == -signal.SIGKILL
+    else:
+        pytest.fail("the writer was killed at every call")
+    assert found == [b"old"] * (len(found) - 1) + [b"new"]
+    assert len(found) >= 8, "an image and the entry of its URL: each created, written, closed and renamed"
     assert left, "no kill hit a write: the test shows nothing"
