@@ -122,7 +122,7 @@ class FetchOptions:
         2048, "Limit of concurrent fetches; the number is raised to it while that speeds them up.", metavar="N"
     )
     fetch_per_host: Positive = option(
-        16, "Maximum number of concurrent fetches from one host; eight times as many from a bucket.", metavar="N"
+        32, "Maximum number of concurrent fetches from one host; four times as many from a bucket.", metavar="N"
     )
     fetch_processes: Count = option(
         0, "Number of processes that fetch, beside the one that decides; 0: that one fetches itself.", metavar="N"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..config.options import FetchOptions
 from ..errors import ConnectionFailed, FetchError, RowError, TooLarge
 from ..types import Extent
+from .bottleneck import Bottleneck
 from .client import Visit, max_connections
 from .disk_cache import CACHE, NotCached
 from .download import Download, SetAside
@@ -102,6 +103,7 @@ class Dispatcher:
         """Hosts from which a download may start, in turn."""
         self._attempts: dict[asyncio.Task[None], Host] = {}
         self._retrying = 0
+        self._bottleneck = Bottleneck(self._loop.time())
         self._outage = Outage(client.check_proxy, options.host_patience, on_change, on_bug)
         self.blocked: Download | None = None
 
@@ -206,13 +208,16 @@ class Dispatcher:
                 continue
             if self.active >= self._level.value and host.name != CACHE:
                 self._level.limits()
+                self._bottleneck.forget()
                 return
             room = self._room(host.queue[0])
             if room is None:
                 self.blocked = host.queue[0]
+                self._bottleneck.forget()
                 return
             self._start(host.queue.popleft(), host, room, now)
             self._unlist(host, now)
+        self._bottleneck.look(self._queued.values(), now)
 
     def _call_at(self, time: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         def guarded() -> None:

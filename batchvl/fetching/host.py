@@ -119,6 +119,11 @@ class Host:
         return self._rate != self._max_rate
 
     @property
+    def is_full(self) -> bool:
+        """Whether the host responds, and has as many requests at a time as it may ever have."""
+        return self.opened is None and self.active >= self._max_concurrency
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing waits for the host, and nothing is known about it that a later request should respect."""
         return not self.queue and not self.active and self.opened is None and not self.is_limited

@@ -18,7 +18,7 @@ from .requester import LocalRequester, Requester
 from .sources import named, source_label
 from .urls import Target, parse_url
 
-_BUCKET_FACTOR = 8
+_BUCKET_FACTOR = 4
 """Concurrent requests to a bucket, for one to any other host: a bucket is many machines, and meant for this."""
 
 

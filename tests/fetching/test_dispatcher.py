@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import random
 import socket
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from batchvl.config.options import RunOptions
 from batchvl.errors import ConnectionFailed, FetchTimeout, HttpRetryable, RowError, TooLarge
-from batchvl.fetching import dispatcher
+from batchvl.fetching import bottleneck, dispatcher
 from batchvl.fetching.download import Fetch, SetAside
 from batchvl.fetching.fetcher import Fetcher
 from batchvl.fetching.host import Host
@@ -351,6 +352,31 @@ async def test_hosts_have_their_own_limit_of_concurrency() -> None:
         await rows.wait()
     assert rows.succeeded == 120
     assert set(web.max_open.values()) == {3}
+
+
+@pytest.mark.parametrize(("hosts", "rate"), [(1, None), (8, None), (1, 50.0)], ids=["one host", "many", "its rate"])
+async def test_a_host_that_most_images_wait_for_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hosts: int, rate: float | None
+) -> None:
+    monkeypatch.setattr(bottleneck, "LOOK_SECONDS", 0.05)
+    caplog.set_level(logging.INFO, "batchvl")
+
+    async def answer(host: str, path: str) -> Answer:
+        await asyncio.sleep(0.001 if rate else 0.05)
+        return OK
+
+    async with Web(answer, hosts=hosts) as web, fetching(fetch_per_host=4, host_rate=rate) as fetcher:
+        rows = Rows(fetcher)
+        for number in range(240):
+            rows.submit(web.url(f"/{number}", host=number % hosts))
+        await rows.wait()
+    notes = [record.message for record in caplog.records if "--fetch-per-host" in record.message]
+    if hosts == 1 and rate is None:
+        [note] = notes
+        assert f"images wait for {web.hosts[0]}" in note
+        assert "from which 4 are fetched at a time" in note
+    else:
+        assert not notes
 
 
 async def test_a_redirect_to_another_host_obeys_the_limits_of_that_host() -> None:
