@@ -103,6 +103,7 @@ class Dispatcher:
         """Hosts from which a download may start, in turn."""
         self._attempts: dict[asyncio.Task[None], Host] = {}
         self._retrying = 0
+        self._stall_timer: asyncio.TimerHandle | None = None
         self._bottleneck = Bottleneck(self._loop.time())
         self._outage = Outage(client.check_proxy, options.host_patience, on_change, on_bug)
         self.blocked: Download | None = None
@@ -162,6 +163,8 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Wait for the end of downloads that were cancelled."""
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
         await self._outage.close()
         await asyncio.gather(*self._attempts, return_exceptions=True)
 
@@ -207,9 +210,11 @@ class Dispatcher:
                 self._unlist(host, now)
                 continue
             if self.active >= self._level.value and host.name != CACHE:
-                self._level.limits()
+                self._level.limits(now)
+                self._await_stall()
                 self._bottleneck.forget()
-                return
+                if self.active >= self._level.value:
+                    return
             room = self._room(host.queue[0])
             if room is None:
                 self.blocked = host.queue[0]
@@ -272,6 +277,15 @@ class Dispatcher:
         self._ready.popleft()
         host.is_listed = False
         self._plan(host, now)  # with the time of `dispatch`: what is listed for a later one would be taken off for ever
+
+    def _await_stall(self) -> None:
+        """Look again when so much time has passed that more downloads may start, even if none ends until then."""
+        if self._stall_timer is None:
+            self._stall_timer = self._call_at(self._level.stalls_at, self._end_stall)
+
+    def _end_stall(self) -> None:
+        self._stall_timer = None
+        self._on_change()
 
     def _room(self, download: Download) -> list[Extent] | None:
         """Return the room that a download takes before it starts, often none; None if it has to wait for room."""

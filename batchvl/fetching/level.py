@@ -1,7 +1,8 @@
 """The number of concurrent downloads: raised while that raises the throughput.
 
 A hill climb: as long as the number limits the downloads, it is doubled; if throughput did not rise by a fair part of
-that, it goes back, and the next attempt follows after a longer time.
+that, it goes back, and the next attempt follows after a longer time. It is doubled at once if all downloads in progress
+seem to be with hosts that do not respond: then none ends, and others could.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ _MIN_SECONDS = 1.0
 _LATENCIES = 2
 """The same in mean durations of a download: the first downloads of a new level have ended by then."""
 _MAX_HOLD_SECONDS = 60.0
+_STALL_SECONDS = 1.0
+"""Time without an end after which the number is raised at once, doubled each time in a row."""
+_COLLAPSE = 0.5
+"""Share of the throughput of late below which the number is raised without waiting for the next attempt."""
+_PEAK_DECAY = 0.9
+"""How much of the highest throughput counts a window later."""
 
 
 class ConcurrencyLevel:
@@ -36,15 +43,29 @@ class ConcurrencyLevel:
         self._before: tuple[int, float] | None = None
         """The number before it was raised, and its throughput."""
         self._hold_until, self._hold_seconds = 0.0, 2 * _MIN_SECONDS
+        self._peak = 0.0
+        self._quiet_since, self._stall_seconds, self._usual_seconds = now, _STALL_SECONDS, 0.0
 
-    def limits(self) -> None:
-        """Record that a download could start now, if the number were larger."""
+    @property
+    def stalls_at(self) -> float:
+        """Time at which the number is raised if no download ends until then, and the number limits them."""
+        return self._quiet_since + max(self._stall_seconds, _LATENCIES * self._usual_seconds)
+
+    def limits(self, now: float) -> None:
+        """Record that a download could start now, if the number were larger. Raise it if none has ended for long."""
         self._is_limiting = True
+        if now >= self.stalls_at and self.value < self._maximum:
+            self.value = min(self.value * _FACTOR, self._maximum)
+            self._stall_seconds *= 2
+            self._quiet_since = now
+            self._before = None
+            self._begin_window(now)
 
     def complete(self, now: float, seconds: float) -> None:
         """Record the end of a download that took some seconds."""
         self._completed += 1
         self._seconds += seconds
+        self._quiet_since, self._stall_seconds = now, _STALL_SECONDS
         window = now - self._since
         if window >= _MIN_SECONDS and window >= _LATENCIES * self._seconds / self._completed:
             self._adjust(now, self._completed / window)
@@ -59,8 +80,14 @@ class ConcurrencyLevel:
                 self._hold_until = now + self._hold_seconds
             else:
                 self._hold_seconds = 2 * _MIN_SECONDS
-        if self._is_limiting and now >= self._hold_until and self.value < self._maximum:
+        may_rise = now >= self._hold_until or throughput < _COLLAPSE * self._peak
+        if self._is_limiting and may_rise and self.value < self._maximum:
             self._before = self.value, throughput
             self.value = min(self.value * _FACTOR, self._maximum)
+        self._peak = max(throughput, _PEAK_DECAY * self._peak)
+        self._usual_seconds = self._seconds / self._completed
+        self._begin_window(now)
+
+    def _begin_window(self, now: float) -> None:
         self._since, self._completed, self._seconds = now, 0, 0.0
         self._is_limiting = False

@@ -97,18 +97,18 @@ async def always(host: str, path: str) -> Answer:
 
 
 @contextmanager
-def dead_host() -> Iterator[str]:
+def dead_host(address: str = "127.0.9.1") -> Iterator[str]:
     """A host that never accepts: a listening socket whose backlog is full. Yields its address and port."""
     with socket.socket() as listener:
-        listener.bind(("127.0.9.1", 0))
+        listener.bind((address, 0))
         listener.listen(0)
-        address = listener.getsockname()
+        port = listener.getsockname()[1]
         fillers = [socket.socket() for _ in range(8)]
         for filler in fillers:
             filler.setblocking(False)
-            filler.connect_ex(address)
+            filler.connect_ex((address, port))
         try:
-            yield f"{address[0]}:{address[1]}"
+            yield f"{address}:{port}"
         finally:
             for filler in fillers:
                 filler.close()
@@ -190,6 +190,22 @@ async def test_a_dead_host_does_not_slow_others() -> None:
                 rows.submit(web.url(f"/{number}", host=number % 50))
             await rows.wait(lambda: rows.succeeded == 500, seconds=8)
             assert not any(fetch.is_done for fetch in dead_rows), "they still wait for their host"
+            for fetch in dead_rows:
+                fetcher.cancel(fetch)
+
+
+async def test_many_dead_hosts_do_not_slow_others() -> None:
+    """The first requests to them are more than may be in progress at the start."""
+    limits = {"blocks": 8192, "fetch_timeout": scaled(30), "host_patience": scaled(60)}
+    async with Web(always, hosts=50) as web, fetching(**limits) as fetcher:
+        with dead_host("0.0.0.0") as dead:
+            port = dead.partition(":")[2]
+            rows = Rows(fetcher)
+            dead_rows = [rows.submit(f"http://127.0.9.{1 + number % 60}:{port}/{number}") for number in range(600)]
+            for number in range(500):
+                rows.submit(web.url(f"/{number}", host=number % 50))
+            await rows.wait(lambda: rows.succeeded == 500, seconds=8)
+            assert not any(fetch.is_done for fetch in dead_rows)
             for fetch in dead_rows:
                 fetcher.cancel(fetch)
 

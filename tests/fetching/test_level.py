@@ -54,7 +54,7 @@ def simulate(
             duration = (len(ends) + 1) / capacity(len(ends) + 1) * random_numbers.uniform(0.5, 1.5)
             heapq.heappush(ends, (now + duration, now))
         if len(ends) < available:
-            level.limits()
+            level.limits(now)
         now, started = heapq.heappop(ends)
         level.complete(now, now - started)
         done.append(now)
@@ -119,6 +119,43 @@ def test_a_number_that_no_longer_pays_is_tried_again_later() -> None:
     assert throughput(done, 180, 240) >= 0.85 * 1200
 
 
+def test_it_rises_soon_when_none_ends() -> None:
+    """All downloads are with hosts that do not respond."""
+    level, times = ConcurrencyLevel(MAXIMUM, 0.0), []
+    for tenth in range(100):
+        before = level.value
+        level.limits(tenth / 10)
+        if level.value > before:
+            times.append(tenth / 10)
+            assert tenth / 10 < level.stalls_at < tenth / 10 + 10
+    assert times == [1.0, 3.0, 7.0]
+
+
+def test_it_does_not_rise_when_one_ends_now_and_then() -> None:
+    level = ConcurrencyLevel(MAXIMUM, 0.0)
+    level.complete(0.0, 0.0)
+    for tenth in range(19):
+        level.limits(tenth / 10)
+        if not tenth % 5:
+            level.complete(tenth / 10, 5.0)  # two of these take longer than the window yet
+    assert level.value == INITIAL
+
+
+def test_after_a_collapse_it_rises_however_long_the_next_attempt_is_away() -> None:
+    """Hosts that do not respond take all but a few of the downloads, long after the last attempt that paid."""
+    level, now = ConcurrencyLevel(MAXIMUM, 0.0), 0.0
+    for _ in range(300 * 200):
+        now += 1 / 200
+        level.limits(now)
+        level.complete(now, INITIAL / 200)
+    held, clogged = level.value, now
+    while now < clogged + 5:
+        now += 0.3 / (level.value - held + 2)  # two of those that were in progress are left to the others
+        level.limits(now)
+        level.complete(now, 0.3)
+    assert level.value > held
+
+
 @settings(max_examples=examples(100))
 @given(
     st.lists(st.tuples(st.floats(0, 30), st.floats(0, 100), st.booleans()), max_size=200), st.integers(1, 4 * MAXIMUM)
@@ -128,6 +165,6 @@ def test_the_number_stays_within_its_limits(steps: list[tuple[float, float, bool
     for pause, seconds, is_limiting in steps:
         now += pause
         if is_limiting:
-            level.limits()
+            level.limits(now)
         level.complete(now, seconds)
         assert min(INITIAL, maximum) <= level.value <= maximum
