@@ -216,6 +216,8 @@ def check_engine(args: argparse.Namespace, directory: Path) -> int:
     command = [sys.executable, "-m", "batchvl", "run", str(manifest), "--model", "shapes", "--engine", args.engine]
     command += ["--batch-size", str(BATCH_SIZE), "--commit-seconds", "0.1", "--accept-failures", "100%"]
     command += ["--device", args.device] if args.device else []
+    if args.engine == "fake":
+        command += ["--engine-option", "delay=0.3"]  # else a fast machine is done before the kill
     backends = {args.engine: command}
     if args.engine == "lmdeploy":
         command += ["--engine-option", f"max_batch_size={args.rows_open}"]
