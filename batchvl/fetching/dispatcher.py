@@ -280,7 +280,7 @@ class Dispatcher:
 
     def _await_stall(self) -> None:
         """Look again when so much time has passed that more downloads may start, even if none ends until then."""
-        if self._stall_timer is None:
+        if self._stall_timer is None and self._level.stalls_at is not None:
             self._stall_timer = self._call_at(self._level.stalls_at, self._end_stall)
 
     def _end_stall(self) -> None:

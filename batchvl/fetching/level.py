@@ -47,14 +47,16 @@ class ConcurrencyLevel:
         self._quiet_since, self._stall_seconds, self._usual_seconds = now, _STALL_SECONDS, 0.0
 
     @property
-    def stalls_at(self) -> float:
-        """Time at which the number is raised if no download ends until then, and the number limits them."""
+    def stalls_at(self) -> float | None:
+        """Time at which the number is raised if none ends until then and it limits them. None at the maximum."""
+        if self.value == self._maximum:
+            return None
         return self._quiet_since + max(self._stall_seconds, _LATENCIES * self._usual_seconds)
 
     def limits(self, now: float) -> None:
         """Record that a download could start now, if the number were larger. Raise it if none has ended for long."""
         self._is_limiting = True
-        if now >= self.stalls_at and self.value < self._maximum:
+        if self.stalls_at is not None and now >= self.stalls_at:
             self.value = min(self.value * _FACTOR, self._maximum)
             self._stall_seconds *= 2
             self._quiet_since = now

@@ -127,8 +127,13 @@ def test_it_rises_soon_when_none_ends() -> None:
         level.limits(tenth / 10)
         if level.value > before:
             times.append(tenth / 10)
+            assert level.stalls_at is not None
             assert tenth / 10 < level.stalls_at < tenth / 10 + 10
     assert times == [1.0, 3.0, 7.0]
+
+
+def test_it_does_not_stall_at_its_maximum() -> None:
+    assert ConcurrencyLevel(INITIAL, 0.0).stalls_at is None
 
 
 def test_it_does_not_rise_when_one_ends_now_and_then() -> None:
