@@ -218,10 +218,12 @@ class Dispatcher:
             room = self._room(host.queue[0])
             if room is None:
                 self.blocked = host.queue[0]
+                self._level.is_enough(now)
                 self._bottleneck.forget()
                 return
             self._start(host.queue.popleft(), host, room, now)
             self._unlist(host, now)
+        self._level.is_enough(now)
         self._bottleneck.look(self._queued.values(), now)
 
     def _call_at(self, time: float, call: Callable[[], None]) -> asyncio.TimerHandle:

@@ -63,6 +63,10 @@ class ConcurrencyLevel:
             self._before = None
             self._begin_window(now)
 
+    def is_enough(self, now: float) -> None:
+        """Record that something else than the number holds the downloads up: that none ends has another reason."""
+        self._quiet_since = now
+
     def complete(self, now: float, seconds: float) -> None:
         """Record the end of a download that took some seconds."""
         self._completed += 1

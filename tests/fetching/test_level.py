@@ -132,6 +132,16 @@ def test_it_rises_soon_when_none_ends() -> None:
     assert times == [1.0, 3.0, 7.0]
 
 
+def test_it_does_not_rise_after_a_time_in_which_something_else_held_the_downloads_up() -> None:
+    level = ConcurrencyLevel(MAXIMUM, 0.0)
+    level.limits(0.1)
+    level.is_enough(59.0)
+    level.limits(59.9)
+    assert level.value == INITIAL
+    level.limits(60.0)
+    assert level.value == 2 * INITIAL
+
+
 def test_it_does_not_stall_at_its_maximum() -> None:
     assert ConcurrencyLevel(INITIAL, 0.0).stalls_at is None
 
