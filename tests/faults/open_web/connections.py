@@ -221,7 +221,9 @@ async def a_timeout_while_idle(exchange: Exchange) -> None:
 
 
 @conversation(at_connect=True)
-async def response_before_the_request(exchange: Exchange) -> None:
+async def response_whatever_the_request(exchange: Exchange) -> None:
+    """The server never reads the request. A response that comes before it is sent is one that nobody asked for."""
+    await exchange.send(b"", pause=0.2)
     await exchange.send(answer("Connection: close"))
     await exchange.hang()
 
