@@ -1,10 +1,11 @@
-"""A host that most downloads wait for, since it gets no more requests at a time. It may take more: the user knows."""
+"""A host that most downloads wait for, because of --fetch-per-host. The user may know that it takes more requests."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection
 
+from ..config.units import pluralize
 from .disk_cache import CACHE
 from .host import Host
 
@@ -15,12 +16,12 @@ _LOOKS = 3
 """Looks in a row that find the same host."""
 _MIN_WAITING = 64
 _MIN_SHARE = 0.5
-"""Share of the downloads that wait which wait for the host."""
+"""Share of the waiting downloads that wait for this host."""
 _MAX_NOTES = 3
 
 
 class Bottleneck:
-    """Logs the name of such a host, once. For a dispatcher that has nothing it may start.
+    """Logs the name of such a host, once.
 
     Args:
         now: The time.
@@ -32,11 +33,11 @@ class Bottleneck:
         self._noted: set[str] = set()
 
     def forget(self) -> None:
-        """Forget the last looks: something else than a host holds the downloads up."""
+        """Forget the last looks: something other than a host holds up the downloads."""
         self._looks = 0
 
     def look(self, hosts: Collection[Host], now: float) -> None:
-        """Look at the hosts for which downloads wait, now and then."""
+        """Look at the hosts for which downloads wait, every few seconds. Call it when no download may start."""
         if now < self._next_look or len(self._noted) >= _MAX_NOTES:
             return
         self._next_look = now + LOOK_SECONDS
@@ -50,8 +51,8 @@ class Bottleneck:
         self._host = host.name
         if self._looks >= _LOOKS and host.name not in self._noted:
             self._noted.add(host.name)
-            count = f"{len(host.queue):,} images"
+            images = pluralize(len(host.queue), "image")
             logger.info(
-                f"note: {count} wait for {host.name}, from which {host.active} are fetched at a time. "
+                f"note: {images} wait for {host.name}, from which {host.active} are fetched at a time. "
                 "If it takes more, increase --fetch-per-host"
             )

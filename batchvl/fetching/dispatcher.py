@@ -209,12 +209,9 @@ class Dispatcher:
             if not host.queue or at is None or at > now:
                 self._unlist(host, now)
                 continue
-            if self.active >= self._level.value and host.name != CACHE:
-                self._level.limits(now)
-                self._await_stall()
+            if host.name != CACHE and self._level_is_reached(now):
                 self._bottleneck.forget()
-                if self.active >= self._level.value:
-                    return
+                return
             room = self._room(host.queue[0])
             if room is None:
                 self.blocked = host.queue[0]
@@ -280,12 +277,16 @@ class Dispatcher:
         host.is_listed = False
         self._plan(host, now)  # with the time of `dispatch`: what is listed for a later one would be taken off for ever
 
-    def _await_stall(self) -> None:
-        """Look again when so much time has passed that more downloads may start, even if none ends until then."""
+    def _level_is_reached(self, now: float) -> bool:
+        """Return whether as many downloads are in progress as may be. If so, look again when more may start."""
+        if self.active < self._level.value:
+            return False
+        self._level.limits(now)
         if self._stall_timer is None and self._level.stalls_at is not None:
-            self._stall_timer = self._call_at(self._level.stalls_at, self._end_stall)
+            self._stall_timer = self._call_at(self._level.stalls_at, self._look_for_stall)
+        return self.active >= self._level.value
 
-    def _end_stall(self) -> None:
+    def _look_for_stall(self) -> None:
         self._stall_timer = None
         self._on_change()
 

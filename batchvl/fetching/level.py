@@ -1,8 +1,8 @@
 """The number of concurrent downloads: raised while that raises the throughput.
 
 A hill climb: as long as the number limits the downloads, it is doubled; if throughput did not rise by a fair part of
-that, it goes back, and the next attempt follows after a longer time. It is doubled at once if all downloads in progress
-seem to be with hosts that do not respond: then none ends, and others could.
+that, it goes back, and the next attempt follows after a longer time. It is also doubled when no download ends for a
+while: those in progress may be from hosts that do not respond.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _MAX_HOLD_SECONDS = 60.0
 _STALL_SECONDS = 1.0
 """Time without an end after which the number is raised at once, doubled each time in a row."""
 _COLLAPSE = 0.5
-"""Share of the throughput of late below which the number is raised without waiting for the next attempt."""
+"""Share of the recent highest throughput below which the number is raised without waiting for the next attempt."""
 _PEAK_DECAY = 0.9
-"""How much of the highest throughput counts a window later."""
+"""What the highest throughput is multiplied by for each later window."""
 
 
 class ConcurrencyLevel:
@@ -64,7 +64,7 @@ class ConcurrencyLevel:
             self._begin_window(now)
 
     def is_enough(self, now: float) -> None:
-        """Record that something else than the number holds the downloads up: that none ends has another reason."""
+        """Record that something other than the number holds up the downloads, so that this is no stall."""
         self._quiet_since = now
 
     def complete(self, now: float, seconds: float) -> None:
